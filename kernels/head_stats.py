@@ -1,0 +1,293 @@
+"""What the head's logits are needed for, without the logits.
+
+    z = x · Wᵀ                       x [R, d] normed rows, W [Vs, d] this rank's vocabulary slice
+
+Legend: R rows, Vs ids of the slice (global ids first_id ...), k winners, m row maximum.
+Per row, over the slice, in one pass that holds at most ROW_BLOCK * VOCAB_BLOCK logits:
+
+    values, ids   the k largest z, ties by the lower id
+    max           m = max z
+    sum_exp       Σ exp(z - m)
+    sum_dev       Σ exp(z - m) · (z - m)           for the entropy
+    above         how many ids beat the target     (z larger, or equal with a lower id)
+    cross         Σ exp(z_f - m_f) · (z_f - z)     for KL; f is the row's reference row
+    key_ids, ...  the n best of z + Gumbel         for sampling
+
+All are float32. Slices of one vocabulary combine exactly: see `parallel/winners.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .gumbel import gumbel_reference
+
+ROW_BLOCK = 256
+VOCAB_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Target:
+    """Per row: the id whose rank is asked, -1 for none, and its logit.
+
+    The logit is a product of its own, which rounds differently from the streamed ones: ids
+    within `slack` of it count as tied with it, so that equal rows of W do tie.
+    """
+
+    ids: Tensor  # [R] int64
+    logits: Tensor  # [R] float32
+    slack: Tensor  # [R] float32
+
+    def rows(self, rows: slice) -> Target:
+        return Target(self.ids[rows], self.logits[rows], self.slack[rows])
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The leading B rows are sampled from: keys are z + Gumbel(seed, step, id)."""
+
+    seed: Tensor  # [B] int64
+    step: Tensor  # [B] int64
+    n_best: int = 1
+
+
+@dataclass
+class HeadStats:
+    """Statistics of R rows over one slice of the vocabulary; see the module's text."""
+
+    values: Tensor  # [R, k]
+    ids: Tensor  # [R, k] int64, -1 where the slice has fewer than k ids
+    max: Tensor  # [R]
+    sum_exp: Tensor  # [R]
+    sum_dev: Tensor  # [R]
+    above: Tensor  # [R] int64
+    cross: Tensor  # [R]
+    key_values: Tensor  # [B, n]
+    key_ids: Tensor  # [B, n] int64
+    key_logits: Tensor  # [B, n]
+
+
+def head_stats_reference(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    k: int,
+    first_id: int = 0,
+    scale: Tensor | None = None,
+    target: Target | None = None,
+    group_size: int = 1,
+    noise: Noise | None = None,
+    row_block: int = ROW_BLOCK,
+    vocab_block: int = VOCAB_BLOCK,
+) -> HeadStats:
+    """Stream the slice; shapes and meaning in the module's text.
+
+    scale [R] multiplies each row's logits before anything else (an inverse temperature).
+    group_size: rows come in groups of this many, and the last of each is the reference row of
+    its group. 1 means that there is none, and `cross` is 0. `noise` covers the first B rows.
+    """
+    n_rows, block = x.shape[0], max(1, row_block // group_size) * group_size
+    if n_rows % group_size:
+        raise ValueError(f"{n_rows} rows are not whole groups of {group_size}")
+    out = _empty(n_rows, 0 if noise is None else noise.seed.shape[0], k, noise, x.device)
+    for start in range(0, n_rows, block):
+        rows = slice(start, min(n_rows, start + block))
+        part = _RowBlock(_rows_of(out, rows), first_id, target, rows, group_size, noise)
+        for low in range(0, weight.shape[0], vocab_block):
+            z = float_logits(x[rows], weight[low : low + vocab_block])
+            part.add(z if scale is None else z.mul_(scale[rows, None]), low)
+    return out
+
+
+def float_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x [R, d] · weight [C, d]ᵀ with float32 sums and a float32 result [R, C].
+
+    Half-precision products rounded to half precision would tie and re-order the winners.
+    """
+    if x.dtype == torch.float32 and weight.dtype == torch.float32:
+        return x @ weight.T
+    if x.is_cuda and x.dtype == weight.dtype:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return x.float() @ weight.float().T
+
+
+def _empty(n_rows: int, n_keyed: int, k: int, noise: Noise | None, device: torch.device) -> HeadStats:
+    n_best = 0 if noise is None else noise.n_best
+
+    def full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+    lowest = -torch.inf
+    return HeadStats(
+        values=full((n_rows, k), lowest),
+        ids=full((n_rows, k), -1, torch.int64),
+        max=full((n_rows,), lowest),
+        sum_exp=full((n_rows,), 0),
+        sum_dev=full((n_rows,), 0),
+        above=full((n_rows,), 0, torch.int64),
+        cross=full((n_rows,), 0),
+        key_values=full((n_keyed, n_best), lowest),
+        key_ids=full((n_keyed, n_best), -1, torch.int64),
+        key_logits=full((n_keyed, n_best), lowest),
+    )
+
+
+def _rows_of(stats: HeadStats, rows: slice) -> HeadStats:
+    """Views of some rows (keyed rows are the leading ones, so a slice of them fits too)."""
+    return HeadStats(**{name: value[rows] for name, value in vars(stats).items()})
+
+
+class _RowBlock:
+    """Running statistics of one block of rows, updated in place block of ids by block of ids."""
+
+    def __init__(
+        self,
+        stats: HeadStats,
+        first_id: int,
+        target: Target | None,
+        rows: slice,
+        group_size: int,
+        noise: Noise | None,
+    ) -> None:
+        self.stats, self.first_id, self.group_size = stats, first_id, group_size
+        self.target = None if target is None else target.rows(rows)
+        self.noise = None
+        if noise is not None and stats.key_ids.shape[0]:
+            self.noise = Noise(noise.seed[rows], noise.step[rows], noise.n_best)
+
+    def add(self, z: Tensor, low: int) -> None:
+        """Take in logits z [r, C] of local ids low, low + 1, ...
+
+        z is overwritten.
+        """
+        stats, first_id = self.stats, self.first_id + low
+        values, columns = _block_best(z, min(stats.values.shape[1], z.shape[1]))
+        _keep_best((stats.values, stats.ids), (values, columns + first_id))
+        if self.target is not None:
+            stats.above += _count_above(z, first_id, self.target)
+        if self.noise is not None:
+            self._sample(z[: self.noise.seed.shape[0]], first_id)
+        self._sums(z)
+
+    def _sums(self, z: Tensor) -> None:
+        """Rescale what was summed to the new maximum, then add the block's share."""
+        stats = self.stats
+        new_max = torch.maximum(stats.max, z.amax(-1))
+        shift = stats.max - new_max
+        old_exp, scale = stats.sum_exp, shift.exp()
+        # an empty state has max -inf: 0 * -inf would be NaN
+        moved = torch.where(old_exp > 0, stats.sum_dev + shift * old_exp, 0) * scale
+        if self.group_size > 1:
+            self._cross(z, new_max, scale)
+        dev = z.sub_(new_max[:, None])
+        exp = dev.exp()
+        stats.sum_exp.copy_(old_exp * scale + exp.sum(-1))
+        stats.sum_dev.copy_(moved + exp.mul_(dev).sum(-1))
+        stats.max.copy_(new_max)
+
+    def _cross(self, z: Tensor, new_max: Tensor, scale: Tensor) -> None:
+        grouped = z.unflatten(0, (-1, self.group_size))  # [n, g, C]
+        reference = grouped[:, -1]
+        top = new_max.view(-1, self.group_size)[:, -1]
+        weight = (reference - top[:, None]).exp()  # [n, C]
+        gap = reference[:, None] - grouped  # [n, g, C]
+        cross = self.stats.cross.view(-1, self.group_size)
+        cross.mul_(scale.view(-1, self.group_size)[:, -1:])
+        cross.add_(torch.bmm(gap, weight[..., None])[..., 0])
+
+    def _sample(self, z: Tensor, first_id: int) -> None:
+        assert self.noise is not None
+        stats, noise = self.stats, self.noise
+        ids = torch.arange(first_id, first_id + z.shape[1], device=z.device)
+        keys = z + gumbel_reference(noise.seed[:, None], noise.step[:, None], ids[None])
+        values, columns = _block_best(keys, min(noise.n_best, z.shape[1]))
+        _keep_best(
+            (stats.key_values, stats.key_ids, stats.key_logits),
+            (values, columns + first_id, z.gather(1, columns)),
+        )
+
+
+def _count_above(z: Tensor, first_id: int, target: Target) -> Tensor:
+    ids = torch.arange(first_id, first_id + z.shape[1], device=z.device)
+    low, high = target.logits - target.slack, target.logits + target.slack
+    beats = (z > high[:, None]) | ((z >= low[:, None]) & (ids < target.ids[:, None]))
+    return beats.sum(-1)
+
+
+def _keep_best(best: tuple[Tensor, ...], block: tuple[Tensor, ...]) -> None:
+    """Merge a block's winners [r, k'] into the running ones [r, k], in place.
+
+    The first tensor of each tuple orders the rest. Blocks come in the order of their ids, so a
+    stable sort leaves the lower id first where values tie.
+    """
+    k = best[0].shape[1]
+    _, order = _sorted_descending(torch.cat((best[0], block[0]), -1))
+    for running, new in zip(best, block, strict=True):
+        running.copy_(torch.cat((running, new), -1).gather(1, order[:, :k]))
+
+
+def _sorted_descending(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Stable: equal values keep the order in which they stand, which here is that of ids."""
+    return torch.sort(values, dim=-1, descending=True, stable=True)
+
+
+def _block_best(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row [r, C] by value, ties by the lower column: (values, columns)."""
+    _, columns = z.topk(min(k + 1, z.shape[1]), dim=-1)
+    values = z.gather(1, columns)
+    if columns.shape[1] > k:
+        # topk breaks ties at will; it matters only where the last winner ties with the next
+        tied = (values[:, k] == values[:, k - 1]).nonzero()[:, 0]
+        columns = columns[:, :k]
+        if tied.numel():
+            columns[tied] = _sorted_descending(z[tied])[1][:, :k]
+    columns = columns.sort(-1).values
+    values, order = _sorted_descending(z.gather(1, columns))
+    return values, columns.gather(1, order)
+
+
+def target_logits_reference(
+    x: Tensor, weight: Tensor, target_ids: Tensor, *, first_id: int = 0, row_block: int = ROW_BLOCK
+) -> Tensor:
+    """Logit and slack of each row's target, [R, 2] float32; 0 where the slice lacks it (to sum).
+
+    The slack is eps · Σ |x_i w_i|, the size of float32 rounding in a sum of d products.
+    """
+    local = target_ids - first_id
+    mine = (local >= 0) & (local < weight.shape[0])
+    out = torch.zeros(x.shape[0], 2, dtype=torch.float32, device=x.device)
+    for start in range(0, x.shape[0] if weight.shape[0] else 0, row_block):
+        rows = slice(start, start + row_block)
+        picked = weight[local[rows].where(mine[rows], 0)]  # [r, d]
+        products = x[rows].float() * picked.float()
+        logit, slack = products.sum(-1), products.abs().sum(-1) * torch.finfo(torch.float32).eps
+        out[rows] = torch.stack((logit, slack), -1) * mine[rows, None]
+    return out
+
+
+def mass_above_reference(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    scale: Tensor,
+    than_logits: Tensor,
+    than_ids: Tensor,
+    top: Tensor,
+    first_id: int = 0,
+    vocab_block: int = VOCAB_BLOCK,
+) -> Tensor:
+    """Σ exp(z - top) over the slice's ids that beat each of n candidates: [B, n] float32.
+
+    z = scale · (x · Wᵀ); candidates than_logits, than_ids [B, n]; top [B].
+    """
+    mass = torch.zeros_like(than_logits)
+    logits, target_ids = than_logits[..., None], than_ids[..., None]  # [B, n, 1]
+    for low in range(0, weight.shape[0], vocab_block):
+        z = float_logits(x, weight[low : low + vocab_block]).mul_(scale[:, None])[:, None]
+        ids = torch.arange(first_id + low, first_id + low + z.shape[-1], device=z.device)
+        beats = (z > logits) | ((z == logits) & (ids < target_ids))  # [B, n, C]
+        mass += ((z - top[:, None, None]).exp() * beats).sum(-1)
+    return mass

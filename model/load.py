@@ -1,0 +1,106 @@
+"""From a name to a running model: a directory, a Hugging Face hub id, or "demo"."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from ..parallel.collectives import agreed
+from ..parallel.group import TensorParallel, default_device_type
+from .config import ModelConfig, read_json, token_id_tuple
+from .tokenizer import Tokenizer
+from .transformer import Transformer
+from .weights import load_weights
+
+DEMO = Path(__file__).parent / "demo"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+
+
+def load(
+    source: str | Path,
+    *,
+    parallel: TensorParallel | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of `source`, this rank's share of it.
+
+    source: "demo", a directory in Hugging Face layout, or a hub id such as "Qwen/Qwen3-4B".
+    dtype defaults to the checkpoint's, device to this rank's CUDA device where there is one. The
+    tokenizer is also `model.tokenizer`. If any rank fails, every rank raises: ValueError for
+    whatever is wrong with the files, naming it.
+    """
+    parallel = parallel if parallel is not None else TensorParallel.single()
+    directory = resolve(source, parallel)
+    with agreed(parallel):
+        config = read_config(directory)
+        tokenizer = Tokenizer.from_directory(directory)
+        model = Transformer(
+            config,
+            parallel=parallel,
+            dtype=dtype or config.dtype,
+            device="meta",
+        )
+        model.to_empty(device=default_device() if device is None else torch.device(device))
+        load_weights(model, directory)
+    model.eval().requires_grad_(False)
+    model.tokenizer = tokenizer
+    return model, tokenizer
+
+
+def default_device() -> torch.device:
+    if default_device_type() == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def resolve(source: str | Path, parallel: TensorParallel) -> Path:
+    """The local directory of `source`, downloading a hub id once per machine."""
+    if str(source) == "demo":
+        return DEMO
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    if not _is_hub_id(str(source)):
+        raise ValueError(
+            f"{source} is no directory (and no hub id such as Qwen/Qwen3-4B, nor demo)"
+        )
+    # The first rank of every machine downloads; the others then find the files in its cache.
+    first = int(os.environ.get("LOCAL_RANK", parallel.rank)) == 0
+    found = None
+    with agreed(parallel):
+        found = _download(str(source)) if first else None
+    with agreed(parallel):
+        found = found or _download(str(source))
+    return found
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) is not None
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{hub_id} is no local directory and could not be fetched from the hub: {reason}"
+        ) from None
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """config.json, with the stop tokens of generation_config.json where there is one."""
+    config = ModelConfig.from_hf(directory / "config.json")
+    generation = directory / "generation_config.json"
+    if not generation.exists():
+        return config
+    stop_ids = token_id_tuple(read_json(generation).get("eos_token_id"))
+    return dataclasses.replace(config, eos_token_ids=stop_ids or config.eos_token_ids)

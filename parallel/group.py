@@ -1,0 +1,90 @@
+"""The ranks that share one model, and a count of what they say to each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass
+class Traffic:
+    """Bytes this rank sent, by collective: `sent_bytes["all_gather"]`, and how many calls."""
+
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def add(self, collective: str, sent_bytes: int) -> None:
+        self.sent_bytes[collective] = self.sent_bytes.get(collective, 0) + sent_bytes
+        self.calls[collective] = self.calls.get(collective, 0) + 1
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.sent_bytes.values())
+
+    def reset(self) -> None:
+        self.sent_bytes.clear()
+        self.calls.clear()
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """One rank's place among the `size` ranks that hold slices of the same weights.
+
+    `group` is None for a single process, which then needs no process group at all.
+    """
+
+    group: ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank {self.rank} is outside a group of {self.size} ranks")
+        if self.size > 1 and self.group is None:
+            raise ValueError(f"{self.size} ranks need a process group")
+
+    @classmethod
+    def single(cls) -> TensorParallel:
+        return cls()
+
+    @classmethod
+    def from_group(cls, group: ProcessGroup | None = None) -> TensorParallel:
+        """All ranks of `group` (default: the default group, which must be initialised)."""
+        group = group if group is not None else dist.group.WORLD
+        if group is None:
+            raise ValueError("torch.distributed is not initialised; use TensorParallel.from_env()")
+        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh, axis: str = "tp") -> TensorParallel:
+        """The ranks along `axis` of a DeviceMesh, for use inside a larger training job."""
+        return cls.from_group(mesh.get_group(axis))
+
+    @classmethod
+    def from_env(cls, device: str | torch.device | None = None) -> TensorParallel:
+        """The ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or a single process.
+
+        Initialises torch.distributed if nobody has: NCCL for CUDA devices, gloo for the CPU.
+        `device` defaults to CUDA where there is one.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls.single()
+        if not dist.is_initialized():
+            kind = torch.device(device).type if device is not None else default_device_type()
+            if kind == "cuda":
+                local_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+                torch.cuda.set_device(local_device)
+                dist.init_process_group("nccl", device_id=local_device)
+            else:
+                dist.init_process_group("gloo")
+        return cls.from_group()
+
+
+def default_device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
