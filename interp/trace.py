@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,7 @@ class Trace:
     target_rank: Tensor  # [T, P] int64: how many ids beat the target
     kl_to_final: Tensor  # [T, P] float32, nats: KL(final layer ‖ this layer)
     input_ids: list[int] = field(default_factory=list)  # the whole text, generated part included
-    tokens: list[str] = field(default_factory=list)  # the text of input_ids, token by token
-    winners: dict[int, str] = field(default_factory=dict)  # id -> text, for every id in token_ids
+    names: dict[int, str] = field(default_factory=dict)  # id -> text, for every id above
 
     @classmethod
     def empty(cls, taps: tuple[Tap, ...], top_k: int) -> Trace:
@@ -77,10 +77,22 @@ class Trace:
             new = measured[rows, : len(self.taps)].cpu()
             setattr(self, name, torch.cat((getattr(self, name), new)))
 
-    def name_tokens(self, text_of: Any) -> None:
-        """Fill `tokens` and `winners` with text_of(id), as a tokenizer's `token_text`."""
-        self.tokens = [text_of(token) for token in self.input_ids]
-        self.winners = {token: text_of(token) for token in self.token_ids.unique().tolist()}
+    def name_tokens(self, text_of: Callable[[int], str]) -> None:
+        """Fill `names` with text_of(id), such as a tokenizer's `token_text`."""
+        ids = {*self.input_ids, *self.token_ids.unique().tolist(), *self.targets.tolist()} - {-1}
+        self.names = {token: text_of(token) for token in sorted(ids)}
+
+    def text_of(self, token_id: int) -> str:
+        return self.names.get(token_id, f"<{token_id}>")
+
+    def token_at(self, position: int) -> str:
+        """Text of the token that stands at an absolute position."""
+        return self.text_of(self.input_ids[position])
+
+    def target_text(self, at: int) -> str:
+        """Text of the target of the at-th traced position, empty where there is none."""
+        target = int(self.targets[at])
+        return self.text_of(target) if target >= 0 else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON; NaN becomes None."""
@@ -91,7 +103,7 @@ class Trace:
                 value = _without_nan(value.tolist())
             content[item.name] = value
         content["taps"] = [list(tap) for tap in self.taps]
-        content["winners"] = {str(token): text for token, text in self.winners.items()}
+        content["names"] = {str(token): text for token, text in self.names.items()}
         return content
 
     @classmethod
@@ -106,7 +118,7 @@ class Trace:
                 numbers = torch.tensor(_with_nan(content[name]), dtype=value.dtype)
                 fields[name] = numbers.reshape(-1, *value.shape[1:])
         fields["taps"] = taps
-        fields["winners"] = {int(token): text for token, text in content["winners"].items()}
+        fields["names"] = {int(token): text for token, text in content["names"].items()}
         return cls(**fields)
 
     def save(self, path: str | Path) -> None:

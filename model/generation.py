@@ -32,6 +32,8 @@ class Observer(Protocol):
 
 # (request, token id) as soon as a token is chosen
 OnToken = Callable[[int, int], None]
+# (positions fed to the model so far, the most there can be)
+OnProgress = Callable[[int, int], None]
 
 
 @torch.inference_mode()
@@ -44,6 +46,7 @@ def generate_tokens(
     stop_ids: frozenset[int] = frozenset(),
     observer: Observer | None = None,
     on_token: OnToken | None = None,
+    on_progress: OnProgress | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> None:
     """Extend `sequences` (prompts as token ids) in place by up to max_new_tokens each.
@@ -54,7 +57,7 @@ def generate_tokens(
     prompt that with max_new_tokens exceeds the model's context.
     """
     check_prompts(model, sequences, max_new_tokens)
-    run = _Run(model, sequences, max_new_tokens, observer)
+    run = _Run(model, sequences, max_new_tokens, observer, on_progress)
     hidden = run.prefill(prefill_chunk)  # [B, d]
     active = set(range(len(sequences)))
     for step in range(max_new_tokens):
@@ -103,8 +106,9 @@ class _Run:
         sequences: list[list[int]],
         max_new_tokens: int,
         observer: Observer | None,
+        on_progress: OnProgress | None,
     ) -> None:
-        self.model, self.observer = model, observer
+        self.model, self.observer, self.on_progress = model, observer, on_progress
         self.prompts = [list(sequence) for sequence in sequences]
         self.longest = max(map(len, sequences))
         self.cache: KVCache = model.new_cache(len(sequences), self.longest + max_new_tokens)
@@ -153,6 +157,8 @@ class _Run:
         hidden: Tensor = self.model(
             token_ids, cache=self.cache, counts=counts, capture=capture or no_capture
         )
+        if self.on_progress is not None:
+            self.on_progress(max(self.cache.lengths), self.cache.capacity)
         return hidden
 
     def _observed(self, counts: Sequence[int]) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,12 +27,13 @@ def load(
     parallel: TensorParallel | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of `source`, this rank's share of it.
 
     source: "demo", a directory in Hugging Face layout, or a hub id such as "Qwen/Qwen3-4B".
     dtype defaults to the checkpoint's, device to this rank's CUDA device where there is one. The
-    tokenizer is also `model.tokenizer`. If any rank fails, every rank raises: ValueError for
+    tokenizer is also `model.tokenizer`. on_progress(parameters filled, all of them). If any rank fails, every rank raises: ValueError for
     whatever is wrong with the files, naming it.
     """
     parallel = parallel if parallel is not None else TensorParallel.single()
@@ -46,7 +48,7 @@ def load(
             device="meta",
         )
         model.to_empty(device=default_device() if device is None else torch.device(device))
-        load_weights(model, directory)
+        load_weights(model, directory, on_progress=on_progress)
     model.eval().requires_grad_(False)
     model.tokenizer = tokenizer
     return model, tokenizer

@@ -72,7 +72,7 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
-        """Returns the ids of `text`, the BOS in front if `bos`; None leaves that to the model's rule.
+        """Returns the ids of `text`, begun by the BOS if `bos`, or if None by the model's own rule.
 
         Raises ValueError when a BOS is asked for and the model has none.
         """
@@ -126,7 +126,7 @@ class Tokenizer:
             return self._markers[text]
         pieces = self.encode(text, bos=False)
         readings = [pieces, self._encoder.encode_bare(text)]
-        if not text.startswith(" "):
+        if text and not text.startswith(" "):
             readings.insert(1, self.encode(" " + text, bos=False))
         for ids in readings:
             if len(ids) == 1:

@@ -121,7 +121,7 @@ def read_byte_level(
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError(f"{path}: its BPE model lacks a vocab or merges; fetch the file again")
     made = _merge_results(vocab, merges, path=path)
-    outside = {token.content for token in added if vocab.get(token.content) == token.id} - made
+    outside = {token.content for token in added if vocab.get(token.content) == token.id}
     ranks = _ranks({text: id for text, id in vocab.items() if text not in outside}, made, path=path)
     pattern = _pattern(spec.get("pre_tokenizer"), path=path)
     encoding = _encoding(pattern, ranks, path=path)
@@ -245,11 +245,11 @@ def _pattern(pre_tokenizer: Any, *, path: Path) -> str:
 
 
 def _is_nfc(normalizer: Any, *, path: Path) -> bool:
-    if normalizer is None:
-        return False
-    if normalizer.get("type") != "NFC":
-        raise ValueError(f"{path}: normalizer {normalizer.get('type')!r} is not supported")
-    return True
+    kinds = [step.get("type") for step in _steps(normalizer, "normalizers")]
+    other = [kind for kind in kinds if kind != "NFC"]
+    if other:
+        raise ValueError(f"{path}: normalizer {other[0]!r} is not supported")
+    return bool(kinds)
 
 
 def _encoding(pattern: str, ranks: dict[bytes, int], *, path: Path) -> tiktoken.Encoding:

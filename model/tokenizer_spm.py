@@ -27,11 +27,13 @@ class SpaceRule:
     """Where a space is put before text, and whether spaces are kept as they are written.
 
     prefix: "always" (before each stretch between special tokens), "first" (only at the start of
-    the text) or "never". keep: None leaves runs of spaces to the model file.
+    the text) or "never". doubles: text that begins with a space gets another. keeps: runs of spaces
+    are kept; if not, they are left to the model file.
     """
 
     prefix: str = "always"
-    keep: bool | None = None
+    doubles: bool = True
+    keeps: bool = False
 
 
 class SentencePieceEncoder:
@@ -42,7 +44,7 @@ class SentencePieceEncoder:
     """
 
     def __init__(self, proto: bytes, *, rule: SpaceRule, path: Path) -> None:
-        kept = _option(_REMOVE_EXTRA_WHITESPACES, False) if rule.keep else b""
+        kept = _option(_REMOVE_EXTRA_WHITESPACES, False) if rule.keeps else b""
         bare = _option(_ADD_DUMMY_PREFIX, False) + _option(_REMOVE_EXTRA_WHITESPACES, False)
         self._rule = rule
         self._bare = _load(proto + bare, path=path)
@@ -55,6 +57,8 @@ class SentencePieceEncoder:
     def encode(self, text: str, *, at_start: bool = True) -> list[int]:
         """Returns the ids of `text`, which begins a text or, not `at_start`, follows a token."""
         prefixed = at_start or self._rule.prefix == "always"
+        if text.startswith((" ", SPACE)) and not self._rule.doubles:
+            prefixed = False
         return list((self._full if prefixed else self._bare).encode(text))
 
     def encode_bare(self, text: str) -> list[int]:
@@ -77,14 +81,15 @@ def _space_rule(spec: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> 
     if spec is None:
         return SpaceRule(prefix="first" if settings.get("legacy") is False else "always")
     steps = {step.get("type"): step for step in _all_steps(spec)}
-    keep = None if steps.keys() & {"Strip", "Precompiled"} else True
+    keeps = not steps.keys() & {"Strip", "Precompiled"}
     if "Prepend" in steps:
-        return SpaceRule("always", keep)
+        return SpaceRule("always", keeps=keeps)
     metaspace = steps.get("Metaspace")
     if metaspace is None:
-        return SpaceRule("never", keep)
+        return SpaceRule("never", keeps=keeps)
     fallback = "always" if metaspace.get("add_prefix_space", True) else "never"
-    return SpaceRule(metaspace.get("prepend_scheme", fallback), keep)
+    scheme = metaspace.get("prepend_scheme", fallback)
+    return SpaceRule(scheme, doubles=not keeps, keeps=keeps)
 
 
 def _all_steps(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -110,7 +110,12 @@ def _named(names: list[str]) -> str:
     return f"tensor {names[0]}{more}"
 
 
-def load_weights(model: Transformer, directory: Path) -> None:
+def load_weights(
+    model: Transformer,
+    directory: Path,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Fill `model` from `directory`, casting to the model's dtype.
 
     Peak memory beside the parameters is a few blocks of BLOCK_BYTES. Raises ValueError naming a
@@ -120,7 +125,7 @@ def load_weights(model: Transformer, directory: Path) -> None:
     # A tied checkpoint may store the head as well; it is the embedding again.
     ignorable = frozenset({"lm_head.weight"}) if model.config.tied_head else frozenset()
     checkpoint.check(_full_shapes(model), ignorable)
-    _fill(model, checkpoint.read)
+    _fill(model, checkpoint.read, on_progress)
 
 
 def init_weights(model: Transformer, *, seed: int = 0, std: float = 0.02) -> None:
@@ -142,10 +147,14 @@ def init_weights(model: Transformer, *, seed: int = 0, std: float = 0.02) -> Non
 
 
 @torch.no_grad()
-def _fill(model: Transformer, read: ReadFn) -> None:
+def _fill(
+    model: Transformer,
+    read: ReadFn,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
     table = placements(model.config)
     parameters = dict(model.named_parameters())
-    for name, parts in table.items():
+    for done, (name, parts) in enumerate(table.items(), start=1):
         parameter = parameters.pop(name)
         first_row = 0
         for placed in parts:
@@ -156,6 +165,8 @@ def _fill(model: Transformer, read: ReadFn) -> None:
                 parameter[start : start + block.shape[0]].copy_(block)
             first_row += rows.size
         parameter[first_row:].zero_()  # padding rows of the vocabulary
+        if on_progress is not None:
+            on_progress(done, len(table))
     assert not parameters, f"no placement for {sorted(parameters)}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .interp.lens import Layers, LensRecorder, LensSpec
 from .interp.trace import Trace
-from .model.generation import generate_tokens
+from .model.generation import OnProgress, OnToken, generate_tokens
 from .model.sampling import Sampling
 from .model.transformer import Transformer
 
@@ -36,6 +36,7 @@ def lens(
     top_k: int = 5,
     targets: Literal["next"] | int | None = "next",
     positions: str = "all",
+    on_progress: OnProgress | None = None,
 ) -> Trace:
     """What each layer would have predicted at each position of a text.
 
@@ -44,9 +45,11 @@ def lens(
     empty or too long text and for points, layers or targets the model does not have.
     """
     spec = LensSpec(points, layers, top_k, targets, positions)
-    trace = _run(model, [to_ids(model, token_ids)], 0, [Sampling()], spec)[0].trace
-    assert trace is not None
-    return trace
+    run = _run(
+        model, [to_ids(model, token_ids)], 0, [Sampling()], spec, None, None, on_progress
+    )
+    assert run[0].trace is not None
+    return run[0].trace
 
 
 def generate(
@@ -57,13 +60,15 @@ def generate(
     sampling: Sampling | Sequence[Sampling] | None = None,
     lens: LensSpec | None = None,
     stop_ids: Sequence[int] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: OnToken | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Result | list[Result]:
     """Continue one prompt, or a list of prompts as one batch (which gives a list of results).
 
     A prompt is token ids, or text if the model has a tokenizer. sampling: one for all or one per
     prompt, greedy by default. stop_ids default to the model's own end tokens. on_token(request,
-    id) is called as soon as a token is chosen. The last new token is not fed back to the model,
+    id) is called as soon as a token is chosen, on_progress(done, most) after every forward pass. The
+    last new token is not fed back to the model,
     so a lens ends at the position before it. Every rank gets the same results. Raises ValueError
     for an empty prompt, or one that with max_new_tokens exceeds the model's context.
     """
@@ -72,7 +77,9 @@ def generate(
     samplings = [chosen] * len(prompts) if isinstance(chosen, Sampling) else list(chosen)
     if len(samplings) != len(prompts):
         raise ValueError(f"{len(samplings)} samplings for {len(prompts)} prompts: give one each")
-    results = _run(model, prompts, max_new_tokens, samplings, lens, stop_ids, on_token)
+    results = _run(
+        model, prompts, max_new_tokens, samplings, lens, stop_ids, on_token, on_progress
+    )
     return results if is_batch else results[0]
 
 
@@ -82,8 +89,9 @@ def _run(
     max_new_tokens: int,
     samplings: list[Sampling],
     spec: LensSpec | None,
-    stop_ids: Sequence[int] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    stop_ids: Sequence[int] | None,
+    on_token: OnToken | None,
+    on_progress: OnProgress | None,
 ) -> list[Result]:
     stop = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
     sequences = [list(prompt) for prompt in prompts]
@@ -96,6 +104,7 @@ def _run(
         stop_ids=stop,
         observer=recorder,
         on_token=on_token,
+        on_progress=on_progress,
     )
     traces = [None] * len(prompts) if recorder is None else recorder.finish()
     return [

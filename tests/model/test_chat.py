@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from shardlens.model.chat import ChatTemplate, find_chat_template
 
+HERMES = "NousResearch-Hermes-3-Llama-3.1-8B-tool_use"
 NAMES = [
-    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
     "Qwen-Qwen2.5-7B-Instruct",
     "Qwen3",
     "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
@@ -38,7 +39,7 @@ TOOL = {
     },
 }
 # The templates print today's date otherwise, and midnight may fall between two renderings.
-DATE = {"date_string": "01 Jan 2025"}
+DATE: dict[str, Any] = {"date_string": "01 Jan 2025"}
 
 
 def rendered_by_transformers(source: str, messages: list[Any], **variables: Any) -> str:
@@ -58,13 +59,13 @@ def test_renders_as_transformers_does(
     name: str, conversation: str, prompt: bool, shared_data: Path
 ) -> None:
     source, messages = read_template(shared_data, name), CONVERSATIONS[conversation]
-    given = {"add_generation_prompt": prompt, **DATE}
+    given: dict[str, Any] = {"add_generation_prompt": prompt, **DATE}
     text = ChatTemplate(source, special_tokens=SPECIAL).render(messages, **given)
     assert text == rendered_by_transformers(source, messages, **given, **SPECIAL)
     assert "漢字" in text
 
 
-@pytest.mark.parametrize("name", NAMES[:3] + NAMES[5:])
+@pytest.mark.parametrize("name", [HERMES, *NAMES[:2], *NAMES[4:]])
 def test_tools_are_written_without_html_escapes(name: str, shared_data: Path) -> None:
     source = read_template(shared_data, name)
     text = ChatTemplate(source, special_tokens=SPECIAL).render([SYSTEM, USER], tools=[TOOL], **DATE)
@@ -75,13 +76,23 @@ def test_tools_are_written_without_html_escapes(name: str, shared_data: Path) ->
     assert "Finds <a> & 'b' — ü" in text
 
 
+def test_a_template_that_needs_tools_says_so(shared_data: Path) -> None:
+    source = read_template(shared_data, HERMES)
+    with pytest.raises(ValueError, match=r"chat template of model failed: TypeError: .*None"):
+        ChatTemplate(source).render([USER])
+    with pytest.raises(TypeError):
+        rendered_by_transformers(source, [USER])
+
+
 @pytest.mark.parametrize(
     "source",
     [
-        "{% for m in messages %}\n  {% if loop.first %}{% continue %}{% endif %}\n{{ m.role }}\n{% endfor %}",
+        "{% for m in messages %}\n  {% if loop.first %}{% continue %}{% endif %}\n"
+        "{{ m.role }}\n{% endfor %}",
         "{% for m in messages %}{{ m.role }}{% break %}{% endfor %}",
         "a{% generation %}{% set x = 1 %}{{ messages[0].content }}{% endgeneration %}b{{ x }}",
-        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}"
+        "{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
         "{{ {'b': '<é>', 'a': 1} | tojson(indent=2, sort_keys=true) }}{{ ['é'] | tojson(true) }}",
         "{{ tools is none }}{{ undefined_name }}{{ bos_token }}{{ eos_token }}{{ pad_token }}",
         "{{ dict(a=1).items() | list }}",
@@ -104,13 +115,12 @@ def test_strftime_now_gives_the_date() -> None:
     "source",
     [
         "{{ ''.__class__.__mro__ }}",
-        "{{ ''.__class__ }}",
-        "{{ '' | attr('__class__') }}",
-        "{{ ''['__class__'] }}",
-        "{{ '{0.__class__}'.format(1) }}",
+        "{{ ('' | attr('__class__')).__mro__ }}",
+        "{{ ''['__class__']['__mro__'] }}",
         "{{ cycler.__init__.__globals__ }}",
-        "{{ raise_exception.__globals__ }}",
-        "{{ (messages | map(attribute='__class__') | list)[0] }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ '{0.__class__.__mro__}'.format(1) }}",
+        "{{ (messages | map(attribute='__class__') | list)[0].__mro__ }}",
         "{% set ns = namespace(__class__=1) %}",
         "{% set ns = namespace() %}{% set ns.__init__ = 1 %}",
         "{{ messages.append(1) }}",
@@ -123,6 +133,23 @@ def test_the_sandbox_refuses(source: str) -> None:
     with pytest.raises(ValueError, match="chat template of here failed: ") as caught:
         ChatTemplate(source, origin="here").render([USER])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "''.__class__",
+        "'' | attr('__class__')",
+        "''['__class__']",
+        "'{0.__class__}'.format(1)",
+        "raise_exception.__globals__",
+        "strftime_now.__code__",
+        "namespace.__init__",
+        "(messages | map(attribute='__class__') | list)[0]",
+    ],
+)
+def test_attributes_with_an_underscore_are_empty(expression: str) -> None:
+    assert ChatTemplate(f"[{{{{ {expression} }}}}]").render([USER]) == "[]"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +173,7 @@ def test_messages_are_checked_and_never_changed() -> None:
     template = ChatTemplate("{{ messages[0].role }}")
     for bad in ([{"content": "x"}], ["hello"]):
         with pytest.raises(ValueError, match="message 0 of the chat must"):
-            template.render(bad)  # type: ignore[arg-type]
+            template.render(bad)
     with pytest.raises(ValueError, match="only text, numbers"):
         template.render([{"role": object()}])
 

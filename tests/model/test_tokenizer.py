@@ -7,7 +7,7 @@ import json
 import shutil
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+
 from shardlens.model.tokenizer import Tokenizer
 
 VECTORS = {
@@ -30,7 +31,10 @@ load = lru_cache(maxsize=None)(Tokenizer.from_directory)
 load_oracle = lru_cache(maxsize=None)(tokenizers.Tokenizer.from_file)
 
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
-CORPUS = ["the cat sat on the mat, and that was that: the end", "naïve café 漢字 漢語 👩‍💻 123 1234"] * 3
+CORPUS = [
+    "the cat sat on the mat, and that was that: the end",
+    "naïve café 漢字 漢語 👩‍💻 123 1234",
+] * 3
 TEXTS = [
     "",
     " ",
@@ -51,7 +55,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-@lru_cache(maxsize=None)
+@cache
 def small_spec_text() -> str:
     """A byte-level tokenizer.json of some 400 tokens, trained by the `tokenizers` library."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -105,11 +109,11 @@ def test_every_vector_encodes_to_its_ids(directory: str, shared_data: Path) -> N
 @pytest.mark.parametrize("directory", VECTORS)
 def test_every_vector_decodes_to_its_text(directory: str, shared_data: Path) -> None:
     tokenizer = load(shared_data / directory)
-    form: Callable[[str], str] = lambda text: text  # noqa: E731
-    if directory == QWEN3:
-        form = lambda text: unicodedata.normalize("NFC", text)  # noqa: E731
     for vector in read_vectors(shared_data, VECTORS[directory]):
-        assert tokenizer.decode(vector["ids"], skip_special=False) == form(vector["text"])
+        text = vector["text"]
+        if directory == QWEN3:
+            text = unicodedata.normalize("NFC", text)
+        assert tokenizer.decode(vector["ids"], skip_special=False) == text
 
 
 @pytest.mark.parametrize("directory", VECTORS)
@@ -177,7 +181,9 @@ def test_metas_rank_file_holds_the_same_tokens_as_the_json(shared_data: Path) ->
     assert ranks.special_ids == spec.special_ids == frozenset(range(128000, 128256))
 
 
-@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}])
+@pytest.mark.parametrize(
+    "normalizer", [None, {"type": "Sequence", "normalizers": []}, {"type": "NFC"}]
+)
 @pytest.mark.parametrize("gpt2_pattern", [False, True])
 def test_a_trained_tokenizer_agrees_with_tokenizers(
     gpt2_pattern: bool, normalizer: Any, spec: dict[str, Any], tmp_path: Path
@@ -263,9 +269,7 @@ def test_bos_of_files_without_a_config(shared_data: Path, tmp_path: Path) -> Non
     assert stories.eos_id == 1
 
 
-def test_no_bos_to_add_is_an_error(
-    shared_data: Path, spec: dict[str, Any], tmp_path: Path
-) -> None:
+def test_no_bos_to_add_is_an_error(shared_data: Path, spec: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no BOS"):
         load(shared_data / QWEN3).encode("a", bos=True)
     write_json(tmp_path / "tokenizer.json", spec)
@@ -345,7 +349,7 @@ def test_markers_and_the_space_after_them(scheme: str, shared_data: Path, tmp_pa
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     tokenizer = Tokenizer.from_directory(tmp_path)
     oracle = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for written in (text, text.removeprefix("<s>")):
+    for written in (text, text.removeprefix("<s>"), " a", "a", "<s> a", "\u2581a"):
         ids = tokenizer.chat([{"role": "user", "content": written}])
         assert ids == oracle.encode(written, add_special_tokens=False).ids
     assert not tokenizer.special_ids & set(tokenizer.encode(text, bos=False))
@@ -412,7 +416,8 @@ def test_ids_may_be_a_tensor(shared_data: Path) -> None:
     ids = torch.tensor(tokenizer.encode("hello world"))
     assert ids[0] == 128000
     assert tokenizer.decode(ids) == "hello world"
-    assert tokenizer.stream().push(ids[0]) == ""
+    first: Any = ids[0]
+    assert tokenizer.stream().push(first) == ""
 
 
 def test_a_stream_cut_short(shared_data: Path) -> None:
@@ -434,7 +439,7 @@ def test_single_token(shared_data: Path) -> None:
     assert stories.token_text(stories.single_token(" Lily")) == " Lily"
     assert stories.token_text(stories.single_token(",")) == ","
     assert stories.single_token("</s>") == 2
-    with pytest.raises(ValueError, match=r"'Par is' is not one token but 3: \['Par', ' ', 'is'\]|2"):
+    with pytest.raises(ValueError, match=r"'Par is' is not one token but 2: \['Par', ' is'\]"):
         llama.single_token("Par is")
     with pytest.raises(ValueError, match="'' is not one token but 0"):
         llama.single_token("")
@@ -492,6 +497,7 @@ def set_step(place: int, **values: Any) -> Callable[[dict[str, Any]], None]:
         (add_unmade_token, "no merge makes token 'zzzz'"),
         (drop_byte, "no token for byte 0x00"),
         (set_spec(normalizer={"type": "NFKC"}), "normalizer 'NFKC'"),
+        (set_spec(normalizer={"type": "Sequence", "normalizers": [{"type": "Strip"}]}), "'Strip'"),
         (set_spec(pre_tokenizer=None), "'BPE' without ByteLevel"),
         (set_step(0, type="Digits"), "Digits"),
         (set_step(0, behavior="Removed"), "Split"),

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Runs a shardlens command on one or more ranks, setting up an environment on first use.
+#
+#   ./launch.sh [-n RANKS] [--nnodes N --rdzv-endpoint HOST:PORT ...] COMMAND ...
+#   ./launch.sh demo             generate and read the packaged model on 2 ranks
+#   ./launch.sh test [ARGS]      run the test suite
+#
+# RANKS defaults to the GPUs present, or 1. Other options before COMMAND go to
+# torch.distributed.run as they are.
+set -euo pipefail
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+
+usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+# From the repository's root, folders such as kernels/ would hide installed packages of that name.
+export PYTHONSAFEPATH=1
+
+# The python that can run shardlens: the active one if it has it, else .venv, made if missing.
+# With an argument, that module must be importable too, and the extra "dev" is what brings it.
+set_up() {
+    local needs=${1:-shardlens}
+    python=python3
+    if command -v python >/dev/null; then python=python; fi
+    if "$python" -c "import shardlens.cli, $needs" 2>/dev/null; then return; fi
+    python=$here/.venv/bin/python
+    if "$python" -c "import shardlens.cli, $needs" 2>/dev/null; then return; fi
+    echo "shardlens: setting up $here/.venv (first use)" >&2
+    if [ ! -x "$python" ]; then python3 -m venv "$here/.venv"; fi
+    local extra=""
+    if [ "$needs" != shardlens ]; then extra="[dev]"; fi
+    "$python" -m pip install --quiet --disable-pip-version-check -e "$here$extra"
+}
+
+gpus() { nvidia-smi --list-gpus 2>/dev/null | grep -c . || true; }
+
+# run RANKS COMMAND...: one process directly, more of them under torch.distributed.run.
+run() {
+    local ranks=$1
+    shift
+    if [ "$ranks" = 1 ] && [ ${#passed[@]} = 0 ]; then
+        "$python" -m shardlens "$@"
+        return
+    fi
+    local cores code_file status=0
+    cores=$(nproc 2>/dev/null || echo 1)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+    # torch.distributed.run ends with 1 whatever its ranks say: they leave bad input's code here.
+    code_file=$(mktemp)
+    SHARDLENS_EXIT_CODE_FILE=$code_file "$python" -m torch.distributed.run \
+        --nproc-per-node "$ranks" ${rendezvous[@]+"${rendezvous[@]}"} ${passed[@]+"${passed[@]}"} \
+        -m shardlens "$@" || status=$?
+    if [ -s "$code_file" ]; then status=$(cat "$code_file"); fi
+    rm -f "$code_file"
+    return "$status"
+}
+
+show() {
+    echo
+    echo "\$ ./launch.sh -n 2 $(printf '%q ' "$@")"
+    run 2 "$@"
+}
+
+demo() {
+    show generate demo --prompt "Once upon a time" --max-new-tokens 48
+    show lens demo --prompt "Once upon a time" --max-new-tokens 12
+}
+
+ranks=""
+passed=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        -n) ranks=${2:?-n needs a number of ranks}; shift 2 ;;
+        -h | --help) usage; exit 0 ;;
+        --*=*) passed+=("$1"); shift ;;
+        --*) passed+=("$1" "${2:?$1 needs a value}"); shift 2 ;;
+        *) break ;;
+    esac
+done
+if [ $# = 0 ]; then usage >&2; exit 2; fi
+if [ -z "$ranks" ]; then ranks=$(gpus); fi
+if ! [[ $ranks =~ ^[0-9]+$ ]]; then echo "launch.sh: -n $ranks is not a number" >&2; exit 2; fi
+if [ "$ranks" = 0 ]; then ranks=1; fi
+# A single machine needs no rendezvous endpoint; a free port keeps runs side by side apart.
+rendezvous=()
+if [ ${#passed[@]} = 0 ]; then rendezvous=(--standalone); fi
+
+case $1 in
+    test)
+        shift
+        set_up transformers
+        cd "$here"
+        exec "$python" -m pytest "$@"
+        ;;
+    demo)
+        set_up
+        demo
+        ;;
+    *)
+        set_up
+        run "$ranks" "$@"
+        ;;
+esac

@@ -1,0 +1,89 @@
+"""`shardlens generate`: continue prompts, printing as tokens come."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.markup import escape
+
+from .interp.lens import LensSpec
+from .interp.output import write_json
+from .model.sampling import Sampling
+from .run import Result, generate
+from .session import (
+    Session,
+    add_model_arguments,
+    add_output_arguments,
+    open_session,
+    prompt_ids,
+)
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="continue a prompt")
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k best; 0 is all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample in the nucleus of mass p")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
+    add_output_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    session = open_session(arguments)
+    prompt = prompt_ids(session.tokenizer, [arguments.prompt], chat=arguments.chat)[0]
+    session.console.print(f"[dim]{escape(arguments.prompt)}[/]", end="")
+    printer = _Printer(session)
+    result = generate(
+        session.model,
+        prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        lens=LensSpec() if arguments.out else None,
+        on_token=printer.push,
+    )
+    printer.finish()
+    assert isinstance(result, Result)
+    if not session.prints:
+        return
+    for path in arguments.out:
+        assert result.trace is not None
+        result.trace.save(path)
+    if arguments.json is not None:
+        write_json(arguments.json, _content(arguments.prompt, prompt, result, session))
+
+
+def _content(prompt: str, prompt_ids: list[int], result: Result, session: Session) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "prompt_ids": prompt_ids,
+        "token_ids": result.token_ids,
+        "text": result.text,
+        "stopped": result.stopped,
+        "ranks": session.parallel.size,
+        "sent_bytes": session.parallel.traffic.sent_bytes,
+    }
+
+
+class _Printer:
+    """Prints text as its tokens arrive, whole characters only."""
+
+    def __init__(self, session: Session) -> None:
+        self._out = session.console
+        self._stream = session.tokenizer.stream()
+
+    def push(self, request: int, token: int) -> None:
+        self._print(self._stream.push(token))
+
+    def finish(self) -> None:
+        self._print(self._stream.flush() + "\n")
+
+    def _print(self, text: str) -> None:
+        self._out.print(text, end="", markup=False, soft_wrap=True)
+        self._out.file.flush()

@@ -1,0 +1,78 @@
+"""`shardlens lens`: a table of what each layer would have said."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .interp.lens import LensSpec
+from .interp.output import write_json
+from .interp.show import print_trace
+from .model.capture import POINTS
+from .run import Result, generate
+from .session import (
+    add_model_arguments,
+    add_output_arguments,
+    open_session,
+    progress,
+    prompt_ids,
+)
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser("lens", help="what each layer would have said at each position")
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--layers", default="all", help="all, or e.g. 0-3,8,-1 (default: all)")
+    parser.add_argument(
+        "--points", default="resid_post", help=f"comma-separated, of {', '.join(POINTS)}"
+    )
+    parser.add_argument("--top-k", type=int, default=5, help="winners kept a cell (default: 5)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=0, help="continue the prompt, greedily, by so many"
+    )
+    parser.add_argument("--positions", choices=("all", "last", "generated"), default="all")
+    parser.add_argument(
+        "--target", metavar="TOKEN", help="report this token's rank instead of the next token's"
+    )
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
+    add_output_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    session = open_session(arguments)
+    target = arguments.target
+    spec = LensSpec(
+        points=tuple(arguments.points.split(",")),
+        layers=arguments.layers,
+        top_k=arguments.top_k,
+        targets="next" if target is None else session.tokenizer.single_token(target),
+        positions=arguments.positions,
+    )
+    prompts = prompt_ids(session.tokenizer, [arguments.prompt], chat=arguments.chat)
+    with progress("reading", shown=session.prints) as on_progress:
+        result = generate(
+            session.model,
+            prompts[0],
+            max_new_tokens=arguments.max_new_tokens,
+            lens=spec,
+            on_progress=on_progress,
+        )
+    assert isinstance(result, Result) and result.trace is not None
+    if not session.prints:
+        return
+    if arguments.max_new_tokens:
+        session.console.print(f"[dim]{_escaped(arguments.prompt)}[/]{_escaped(result.text or '')}\n")
+    print_trace(result.trace, session.console)
+    for path in arguments.out:
+        result.trace.save(path)
+    if arguments.json is not None:
+        content = {"prompt": arguments.prompt, "text": result.text, **result.trace.to_dict()}
+        write_json(arguments.json, content)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,124 @@
+"""What every command needs: the ranks, the model, a terminal on rank 0, checked output files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .interp.output import check_writable
+from .interp.show import WIDTH
+from .interp.trace_files import check_format
+from .model.config import DTYPES
+from .model.load import load
+from .model.tokenizer import Tokenizer
+from .model.transformer import Transformer
+from .parallel.collectives import agreed
+from .parallel.group import TensorParallel
+
+
+def is_printing_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@dataclass
+class Session:
+    """A loaded model, and where rank 0 prints: `console` is silent on the other ranks."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    parallel: TensorParallel
+    console: Console
+
+    @property
+    def prints(self) -> bool:
+        return self.parallel.rank == 0
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a directory, a Hugging Face hub id, or demo"
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="write the lens trace as .json, .html, .png or .parquet; may be repeated",
+    )
+
+
+def open_session(arguments: argparse.Namespace) -> Session:
+    """Join the ranks, check the output files, load the model. Raises ValueError on every rank."""
+    device = _device(arguments.device)
+    parallel = TensorParallel.from_env(device)
+    console = Console(highlight=False, quiet=parallel.rank != 0, width=_width())
+    with agreed(parallel):
+        _check_outputs(arguments, parallel)
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    local = None if device is None or device.type == "cuda" else device
+    with progress("loading", shown=parallel.rank == 0) as on_progress:
+        model, tokenizer = load(
+            arguments.model, parallel=parallel, dtype=dtype, device=local, on_progress=on_progress
+        )
+    return Session(model, tokenizer, parallel, console)
+
+
+def _device(name: str | None) -> torch.device | None:
+    try:
+        device = None if name is None else torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name} does not exist: give cpu or cuda") from None
+    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda is not available on this machine")
+    return device
+
+
+def _width() -> int | None:
+    """A file or pipe has no width of its own; rich would take 80."""
+    return None if Console().is_terminal else WIDTH
+
+
+def _check_outputs(arguments: argparse.Namespace, parallel: TensorParallel) -> None:
+    for path in arguments.out:
+        check_format(path)
+    if parallel.rank == 0:
+        for path in filter(None, (arguments.json, *arguments.out)):
+            check_writable(path)
+
+
+@contextmanager
+def progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal, fed by the function it gives: (done, total)."""
+    console = Console(stderr=True)
+    columns = (TextColumn(label), BarColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
+    ) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, prompts: Sequence[str], *, chat: bool
+) -> list[list[int]]:
+    """Token ids of every prompt, as a user's message of a chat if asked. Refuses empty ones."""
+    if any(not prompt for prompt in prompts):
+        raise ValueError("the prompt is empty: give at least one character")
+    if not chat:
+        return [tokenizer.encode(prompt) for prompt in prompts]
+    return [tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in prompts]
