@@ -3,14 +3,15 @@
 #
 #   ./launch.sh [-n RANKS] [--nnodes N --rdzv-endpoint HOST:PORT ...] COMMAND ...
 #   ./launch.sh demo             generate and read the packaged model on 2 ranks
-#   ./launch.sh test [ARGS]      run the test suite
+#   ./launch.sh test [ARGS]      run the test suite (ARGS go to pytest)
+#   ./launch.sh check            lint and type check
 #
 # RANKS defaults to the GPUs present, or 1. Other options before COMMAND go to
 # torch.distributed.run as they are.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 # From the repository's root, folders such as kernels/ would hide installed packages of that name.
 export PYTHONSAFEPATH=1
@@ -65,6 +66,26 @@ demo() {
     show lens demo --prompt "Once upon a time" --max-new-tokens 12
 }
 
+# Type checkers cannot see through the package-dir mapping: they are shown links laid as packages.
+link_packages() {
+    rm -rf "$here/.ns"
+    mkdir -p "$here/.ns/shardlens"
+    ln -s "$here"/shardlens/* "$here/.ns/shardlens/"
+    local folder
+    for folder in kernels parallel model interp bench; do
+        ln -s "$here/$folder" "$here/.ns/shardlens/$folder"
+    done
+}
+
+check() {
+    cd "$here"
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    link_packages
+    cd .ns
+    "$python" -m mypy -p shardlens --config-file ../pyproject.toml
+}
+
 ranks=""
 passed=()
 while [ $# -gt 0 ]; do
@@ -85,6 +106,10 @@ rendezvous=()
 if [ ${#passed[@]} = 0 ]; then rendezvous=(--standalone); fi
 
 case $1 in
+    check)
+        set_up mypy
+        check
+        ;;
     test)
         shift
         set_up transformers

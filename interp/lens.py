@@ -164,7 +164,7 @@ class LensRecorder:
         self._states = [waiting]
 
     def _decode_block(self, places: list[tuple[int, int]], states: Tensor) -> None:
-        n_positions, n_taps, d = states.shape
+        n_taps, d = states.shape[1:]
         targets = torch.tensor([self._target(place) for place in places], device=states.device)
         winners = reduce_head(
             self.model.norm(states.view(-1, d)),

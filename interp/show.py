@@ -23,8 +23,10 @@ def print_trace(trace: Trace, console: Console) -> None:
     n_positions = len(trace.positions)
     first = max(0, n_positions - SHOWN_POSITIONS)
     if first:
-        console.print(f"[dim]the last {n_positions - first} of {n_positions} positions; "
-                      "--json and --out hold all[/]")
+        console.print(
+            f"[dim]the last {n_positions - first} of {n_positions} positions; "
+            "--json and --out hold all[/]"
+        )
     label_width = max(len(tap_label(trace.taps, tap)) for tap in range(len(trace.taps)))
     across = max(1, (min(WIDTH, console.width) - label_width) // (CELL + 1))
     for start in range(first, n_positions, across):

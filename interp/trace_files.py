@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .output import replacing, write_json
@@ -52,9 +52,7 @@ def _needs(module: str, path: Path) -> None:
     try:
         __import__(module)
     except ImportError:
-        raise ValueError(
-            f"{path} needs {module}: pip install 'shardlens[{extra}]'"
-        ) from None
+        raise ValueError(f"{path} needs {module}: pip install 'shardlens[{extra}]'") from None
 
 
 def _json(trace: Trace, path: Path) -> None:
@@ -88,8 +86,10 @@ def _html_cell(trace: Trace, at: int, tap: int) -> str:
     lines.append(f"entropy {trace.entropy[at, tap]:.3f} nats")
     lines.append(f"KL to final {trace.kl_to_final[at, tap]:.3f} nats")
     if trace.targets[at] >= 0:
-        lines.append(f"target: rank {trace.target_rank[at, tap]}, "
-                     f"probability {math.exp(trace.target_logprob[at, tap]):.4f}")
+        lines.append(
+            f"target: rank {trace.target_rank[at, tap]}, "
+            f"probability {math.exp(trace.target_logprob[at, tap]):.4f}"
+        )
     title = html.escape("\n".join(lines), quote=True)
     shade = f"background: rgba(34, 139, 94, {math.exp(logprobs[0]):.2f})"
     top = html.escape(visible(trace.text_of(ids[0])))
@@ -106,14 +106,24 @@ def _png(trace: Trace, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(
-        trace.logprobs[:, :, 0].exp().T, aspect="auto", origin="lower", cmap="Greens", vmin=0, vmax=1
+        trace.logprobs[:, :, 0].exp().T,
+        aspect="auto",
+        origin="lower",
+        cmap="Greens",
+        vmin=0,
+        vmax=1,
     )
     for at in range(n_positions):
         for tap in range(n_taps):
             sure = float(trace.logprobs[at, tap, 0].exp())
             text = visible(trace.text_of(int(trace.token_ids[at, tap, 0])))
             axes.text(
-                at, tap, text.replace("$", r"\$"), ha="center", va="center", fontsize=7,
+                at,
+                tap,
+                text.replace("$", r"\$"),
+                ha="center",
+                va="center",
+                fontsize=7,
                 color="white" if sure > 0.6 else "black",
             )
     tokens = [visible(trace.token_at(p)).replace("$", r"\$") for p in trace.positions.tolist()]
@@ -132,7 +142,7 @@ def _parquet(trace: Trace, path: Path) -> None:
 
     n_positions, n_taps, k = trace.token_ids.shape
 
-    def per_tap(values: list[object]) -> list[object]:
+    def per_tap(values: Sequence[object]) -> list[object]:
         return [value for value in values for _ in range(k)]
 
     def per_position(values: list[int]) -> list[object]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from .gumbel import gumbel_reference
 
 ROW_BLOCK = 256
+EPS = torch.finfo(torch.float32).eps
 VOCAB_BLOCK = 2048
 
 
@@ -114,7 +115,9 @@ def float_logits(x: Tensor, weight: Tensor) -> Tensor:
     return x.float() @ weight.float().T
 
 
-def _empty(n_rows: int, n_keyed: int, k: int, noise: Noise | None, device: torch.device) -> HeadStats:
+def _empty(
+    n_rows: int, n_keyed: int, k: int, noise: Noise | None, device: torch.device
+) -> HeadStats:
     n_best = 0 if noise is None else noise.n_best
 
     def full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -213,8 +216,9 @@ class _RowBlock:
 def _count_above(z: Tensor, first_id: int, target: Target) -> Tensor:
     ids = torch.arange(first_id, first_id + z.shape[1], device=z.device)
     low, high = target.logits - target.slack, target.logits + target.slack
-    beats = (z > high[:, None]) | ((z >= low[:, None]) & (ids < target.ids[:, None]))
-    return beats.sum(-1)
+    target_ids = target.ids[:, None]
+    beats = (z > high[:, None]) | ((z >= low[:, None]) & (ids < target_ids))
+    return (beats & (ids != target_ids)).sum(-1)
 
 
 def _keep_best(best: tuple[Tensor, ...], block: tuple[Tensor, ...]) -> None:
@@ -254,7 +258,7 @@ def target_logits_reference(
 ) -> Tensor:
     """Logit and slack of each row's target, [R, 2] float32; 0 where the slice lacks it (to sum).
 
-    The slack is eps · Σ |x_i w_i|, the size of float32 rounding in a sum of d products.
+    The slack is 4 eps · Σ |x_i w_i|: two float32 sums of the same d products differ by less.
     """
     local = target_ids - first_id
     mine = (local >= 0) & (local < weight.shape[0])
@@ -263,7 +267,7 @@ def target_logits_reference(
         rows = slice(start, start + row_block)
         picked = weight[local[rows].where(mine[rows], 0)]  # [r, d]
         products = x[rows].float() * picked.float()
-        logit, slack = products.sum(-1), products.abs().sum(-1) * torch.finfo(torch.float32).eps
+        logit, slack = products.sum(-1), products.abs().sum(-1) * (4 * EPS)
         out[rows] = torch.stack((logit, slack), -1) * mine[rows, None]
     return out
 

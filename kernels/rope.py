@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864), in the half-split layout.
 
-    (a, b) -> (a cos - b sin, b cos + a sin)       a, b: first and second half of a head
-    angle[t, i] = position[t] * inv_freq[i]
+(a, b) -> (a cos - b sin, b cos + a sin)       a, b: first and second half of a head
+angle[t, i] = position[t] * inv_freq[i]
 """
 
 from __future__ import annotations

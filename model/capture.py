@@ -26,9 +26,7 @@ class Capture:
     the last position would keep the whole pass's activations alive.
     """
 
-    def __init__(
-        self, taps: Sequence[Tap], rows: Tensor, d: int, *, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, taps: Sequence[Tap], rows: Tensor, d: int, *, dtype: torch.dtype) -> None:
         self.states = torch.empty(rows.shape[0], len(taps), d, dtype=dtype, device=rows.device)
         self._rows = rows
         self._slot = {tap: index for index, tap in enumerate(taps)}

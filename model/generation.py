@@ -61,9 +61,7 @@ def generate_tokens(
     hidden = run.prefill(prefill_chunk)  # [B, d]
     active = set(range(len(sequences)))
     for step in range(max_new_tokens):
-        tokens = next_tokens(
-            model.norm(hidden), model.head, samplings, [step] * len(sequences)
-        )
+        tokens = next_tokens(model.norm(hidden), model.head, samplings, [step] * len(sequences))
         for request in sorted(active):
             sequences[request].append(tokens[request])
             if on_token is not None:
@@ -75,7 +73,9 @@ def generate_tokens(
         hidden = run.feed([[token] for token in tokens], active)[:, -1]
 
 
-def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens {max_new_tokens} is below 0")
     if not prompts:
@@ -139,8 +139,7 @@ class _Run:
         if not places:
             return self._forward(token_ids, counts, None)
         rows = [
-            request * width + position - self.cache.lengths[request]
-            for request, position in places
+            request * width + position - self.cache.lengths[request] for request, position in places
         ]
         assert self.observer is not None
         capture = Capture(

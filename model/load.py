@@ -32,9 +32,9 @@ def load(
     """The model and tokenizer of `source`, this rank's share of it.
 
     source: "demo", a directory in Hugging Face layout, or a hub id such as "Qwen/Qwen3-4B".
-    dtype defaults to the checkpoint's, device to this rank's CUDA device where there is one. The
-    tokenizer is also `model.tokenizer`. on_progress(parameters filled, all of them). If any rank fails, every rank raises: ValueError for
-    whatever is wrong with the files, naming it.
+    dtype defaults to the checkpoint's, device to this rank's CUDA device where there is one.
+    on_progress(done, total) counts parameters filled. The tokenizer is also `model.tokenizer`.
+    If any rank fails, every rank raises: ValueError for whatever is wrong with the files.
     """
     parallel = parallel if parallel is not None else TensorParallel.single()
     directory = resolve(source, parallel)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.gumbel import gumbel_reference
 from ..kernels.head_stats import Noise
 from ..parallel.vocab import VocabHead
-from ..parallel.winners import Winners, mass_above, reduce_head
+from ..parallel.winners import mass_above, reduce_head
 
 # Winners looked at before a nucleus is taken to be wider than them.
 NUCLEUS_WINNERS = 64
@@ -56,15 +56,14 @@ class Sampling:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is not between 0 and 2^63 - 1")
 
-    def winners_needed(self, vocab_size: int) -> int:
-        if self.top_k:
-            return min(self.top_k, vocab_size)
-        return min(NUCLEUS_WINNERS, vocab_size) if self.top_p < 1 else 1
+    @property
+    def limit(self) -> int:
+        """How many of the best ids may be drawn at most; 0 for all of them."""
+        return 1 if self.temperature == 0 else self.top_k
 
     @property
-    def needs_keys(self) -> bool:
-        """Whether the draw may fall outside the winners by logit."""
-        return self.temperature > 0 and not self.top_k
+    def winners_needed(self) -> int:
+        return self.limit or (NUCLEUS_WINNERS if self.top_p < 1 else 1)
 
 
 def next_tokens(
@@ -74,62 +73,62 @@ def next_tokens(
 
     steps: per row, how many tokens were drawn before; with the seed it keys the noise.
     """
-    vocab_size, device = head.vocab.full, x.device
-    scale = torch.tensor([1 / s.temperature if s.temperature else 1.0 for s in samplings])
-    scale = scale.to(device)
-    seeds = torch.tensor([s.seed for s in samplings], device=device)
-    step_keys = torch.tensor(list(steps), device=device)
-    n_best = NUCLEUS_TRIES if any(s.needs_keys and s.top_p < 1 for s in samplings) else 1
-    needs_keys = any(s.needs_keys for s in samplings)
-    winners = reduce_head(
-        x,
-        head,
-        k=max(s.winners_needed(vocab_size) for s in samplings),
-        scale=scale,
-        noise=Noise(seeds, step_keys, min(n_best, vocab_size)) if needs_keys else None,
+
+    def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=x.device)
+
+    vocab_size = head.vocab.full
+    scale = column([1 / (s.temperature or 1.0) for s in samplings], torch.float32)
+    noise = Noise(
+        column([s.seed for s in samplings], torch.int64), column(list(steps), torch.int64)
     )
-    noise = gumbel_reference(seeds[:, None], step_keys[:, None], winners.token_ids)
-    keys = winners.logits + noise
-    tokens = []
-    for row, sampling in enumerate(samplings):
-        if sampling.temperature == 0:
-            tokens.append(int(winners.token_ids[row, 0]))
-        elif sampling.needs_keys and sampling.top_p == 1:
-            tokens.append(int(winners.key_ids[row, 0]))
-        else:
-            count = _allowed(winners.logprobs[row], sampling, vocab_size)
-            if count is not None:
-                tokens.append(int(winners.token_ids[row, keys[row, :count].argmax()]))
-            else:
-                one = slice(row, row + 1)
-                noise_key = Noise(seeds[one], step_keys[one], n_best)
-                tokens.append(_wide_nucleus(x[one], head, sampling.top_p, scale[one], noise_key))
-    return tokens
+    limit = column([s.limit or vocab_size for s in samplings], torch.int64)[:, None]
+    top_p = column([s.top_p for s in samplings], torch.float64)[:, None]
+    unlimited = any(s.limit == 0 for s in samplings)
+    k = min(vocab_size, max(s.winners_needed for s in samplings))
+    winners = reduce_head(x, head, k=k, scale=scale, noise=noise if unlimited else None)
+
+    place = torch.arange(k, device=x.device)
+    mass = winners.logprobs.double().exp() * (place < limit)  # [B, k]
+    mass = torch.where(limit < vocab_size, mass / mass.sum(-1, keepdim=True), mass)
+    nucleus = (mass.cumsum(-1) - mass < top_p) | (top_p == 1)
+    keys = winners.logits + gumbel_reference(
+        noise.seed[:, None], noise.step[:, None], winners.token_ids
+    )
+    best = keys.masked_fill(~(nucleus & (place < limit)), -torch.inf).argmax(-1, keepdim=True)
+    tokens = winners.token_ids.gather(1, best)[:, 0]
+    if unlimited:
+        no_limit = (limit == vocab_size)[:, 0]
+        plain = no_limit & (top_p == 1)[:, 0]
+        tokens = torch.where(plain, winners.key_ids[:, 0], tokens)
+        wide = no_limit & ~plain & (mass.sum(-1) < top_p[:, 0])
+        if k < vocab_size and wide.any():
+            rows = wide.nonzero()[:, 0]
+            tokens[rows] = _from_wide_nucleus(x[rows], head, top_p[rows], scale[rows], noise, rows)
+    return [int(token) for token in tokens.tolist()]
 
 
-def _allowed(logprobs: Tensor, sampling: Sampling, vocab_size: int) -> int | None:
-    """How many of the winners (best first) may be drawn; None where the nucleus is wider."""
-    logprobs = logprobs[: sampling.winners_needed(vocab_size)].double()
-    if sampling.top_k:
-        logprobs = logprobs.log_softmax(-1)
-    reached = logprobs.exp().cumsum(-1) >= sampling.top_p
-    if reached.any():
-        return int(reached.int().argmax()) + 1
-    return len(logprobs) if sampling.top_k or len(logprobs) == vocab_size else None
+def _from_wide_nucleus(
+    x: Tensor, head: VocabHead, top_p: Tensor, scale: Tensor, noise: Noise, rows: Tensor
+) -> Tensor:
+    """Draws for x [B, d] from nuclei wider than the winners at hand; noise is that of all rows.
 
-
-def _wide_nucleus(x: Tensor, head: VocabHead, top_p: float, scale: Tensor, noise: Noise) -> int:
-    """Draw one token for x [1, d] from a nucleus wider than the winners.
-
-    An id lies in the nucleus if the ids that beat it hold less than top_p. Over the nucleus, the
-    largest Gumbel key decides; so the first id in the order of keys that lies in it is the draw.
+    An id lies in the nucleus if the ids that beat it hold less than top_p. Among those that do,
+    the largest Gumbel key decides; so the first id in the order of keys that lies in it is the
+    draw. The likeliest id always lies in it, so the search ends.
     """
-    n_best = noise.n_best
-    while True:
+    tokens = rows.clone()
+    pending = torch.arange(rows.shape[0], device=x.device)
+    n_best = NUCLEUS_TRIES
+    while pending.numel():
         n_best = min(n_best, head.vocab.full)
-        wider = Noise(noise.seed, noise.step, n_best)
-        tried: Winners = reduce_head(x, head, k=1, scale=scale, noise=wider)
-        inside = mass_above(x, head, scale=scale, than=tried)[0] < top_p
-        if inside.any() or n_best == head.vocab.full:
-            return int(tried.key_ids[0, inside.int().argmax()])
+        tries = Noise(noise.seed[rows[pending]], noise.step[rows[pending]], n_best)
+        tried = reduce_head(x[pending], head, k=1, scale=scale[pending], noise=tries)
+        mass = mass_above(x[pending], head, scale=scale[pending], than=tried)
+        inside = mass < top_p[pending]  # [B, n]
+        first = inside.int().argmax(-1, keepdim=True)
+        found = inside.any(-1) | (n_best == head.vocab.full)
+        tokens[pending[found]] = tried.key_ids.gather(1, first)[found, 0]
+        pending = pending[~found]
         n_best *= 8
+    return tokens

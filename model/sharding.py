@@ -19,11 +19,14 @@ from ..parallel.shard import (
 )
 from .config import ModelConfig
 
-EMBED = {"embed.weight": (Placed("model.embed_tokens.weight", ("vocab", "d")),)}
-HEAD = {"head.weight": (Placed("lm_head.weight", ("vocab", "d")),)}
-NORM = {"norm.weight": (Placed("model.norm.weight", ("d",)),)}
+# parameter -> the checkpoint tensors that fill it, in order
+Placements = dict[str, tuple[Placed, ...]]
 
-BLOCK = {
+EMBED: Placements = {"embed.weight": (Placed("model.embed_tokens.weight", ("vocab", "d")),)}
+HEAD: Placements = {"head.weight": (Placed("lm_head.weight", ("vocab", "d")),)}
+NORM: Placements = {"norm.weight": (Placed("model.norm.weight", ("d",)),)}
+
+BLOCK: Placements = {
     "attn_norm.weight": (Placed("input_layernorm.weight", ("d",)),),
     "attn.qkv.weight": (
         Placed("self_attn.q_proj.weight", ("heads", "d")),
@@ -38,22 +41,22 @@ BLOCK = {
     ),
     "mlp.down.weight": (Placed("mlp.down_proj.weight", ("d", "ffn")),),
 }
-QKV_BIAS = {
+QKV_BIAS: Placements = {
     "attn.qkv.bias": (
         Placed("self_attn.q_proj.bias", ("heads",)),
         Placed("self_attn.k_proj.bias", ("kv_heads",)),
         Placed("self_attn.v_proj.bias", ("kv_heads",)),
     )
 }
-O_BIAS = {"attn.o.bias": (Placed("self_attn.o_proj.bias", ("d",)),)}
-MLP_BIAS = {
+O_BIAS: Placements = {"attn.o.bias": (Placed("self_attn.o_proj.bias", ("d",)),)}
+MLP_BIAS: Placements = {
     "mlp.gate_up.bias": (
         Placed("mlp.gate_proj.bias", ("ffn",)),
         Placed("mlp.up_proj.bias", ("ffn",)),
     ),
     "mlp.down.bias": (Placed("mlp.down_proj.bias", ("d",)),),
 }
-QK_NORM = {
+QK_NORM: Placements = {
     "attn.q_norm.weight": (Placed("self_attn.q_norm.weight", ("head_dim",)),),
     "attn.k_norm.weight": (Placed("self_attn.k_norm.weight", ("head_dim",)),),
 }
@@ -75,8 +78,8 @@ def rank_spans(config: ModelConfig, parallel: TensorParallel) -> dict[str, Span]
     }
 
 
-def placements(config: ModelConfig) -> dict[str, tuple[Placed, ...]]:
-    """Parameter name -> the checkpoint tensors that fill it, in order."""
+def placements(config: ModelConfig) -> Placements:
+    """Those of a whole model, block by block."""
     block = dict(BLOCK)
     block |= QKV_BIAS if config.qkv_bias else {}
     block |= O_BIAS if config.o_bias else {}

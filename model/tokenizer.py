@@ -192,9 +192,16 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """Returns the text that `id` completes, maybe empty. Raises ValueError if it is unknown."""
-        piece = self._tokenizer.token_bytes(id)
-        return "" if operator.index(id) in self._skipped else self._decoder.decode(piece)
+        """Returns the text that `id` completes, maybe empty.
+
+        An id beyond the tokenizer's, which a model with a padded vocabulary may choose, is shown
+        as `<id>`.
+        """
+        if operator.index(id) in self._skipped:
+            return ""
+        if not 0 <= operator.index(id) < self._tokenizer.n_vocab:
+            return self.flush() + self._tokenizer.token_text(id)
+        return self._decoder.decode(self._tokenizer.token_bytes(id))
 
     def flush(self) -> str:
         """Returns what is left at the end: U+FFFD for a character cut short, or nothing."""

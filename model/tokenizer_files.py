@@ -62,8 +62,8 @@ def read_vocabulary(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
     if spec is not None:
         kind = (spec.get("model") or {}).get("type")
         raise ValueError(
-            f"{json_file}: model type {kind!r} without ByteLevel is not supported; put the "
-            "model's sentencepiece tokenizer.model beside it"
+            f"{json_file}: not byte-level BPE (model type {kind!r}); put the sentencepiece "
+            "tokenizer.model beside it"
         )
     raise ValueError(
         f"{directory}: no tokenizer.json and no tokenizer.model; fetch one of them from the model"

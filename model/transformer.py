@@ -57,7 +57,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, layer: int, rope: tuple[Tensor, Tensor], attend: AttendFn) -> Tensor:
+    def forward(
+        self, x: Tensor, layer: int, rope: tuple[Tensor, Tensor], attend: AttendFn
+    ) -> Tensor:
         q, k, v = self.qkv(x).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [B, T, ., D]
         q = rope_reference(self.q_norm(q), *rope)

@@ -62,7 +62,7 @@ class Checkpoint:
         return shapes
 
     def check(self, expected: dict[str, tuple[int, ...]], ignorable: frozenset[str]) -> None:
-        """Compare names and shapes with what the model needs. Raises ValueError naming the first."""
+        """Compare names and shapes with what the model needs. Raises ValueError."""
         missing = sorted(expected.keys() - self.shapes.keys())
         if missing:
             raise ValueError(f"{self.directory} lacks {_named(missing)}")
@@ -72,7 +72,9 @@ class Checkpoint:
             if not name.endswith("rotary_emb.inv_freq")  # older exports store it; it is derived
         )
         if left_over:
-            raise ValueError(f"{self.directory} holds {_named(left_over)}, which the model has no use for")
+            raise ValueError(
+                f"{self.directory} holds {_named(left_over)}, which the model has no use for"
+            )
         for name, shape in expected.items():
             if self.shapes[name] != shape:
                 raise ValueError(
@@ -80,7 +82,9 @@ class Checkpoint:
                     f"the config asks for {list(shape)}"
                 )
 
-    def read(self, placed: Placed, rows: Span, columns: Span | None) -> Iterator[tuple[int, Tensor]]:
+    def read(
+        self, placed: Placed, rows: Span, columns: Span | None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield (row offset within the part, block) over this rank's part of one tensor."""
         path = self.file_of[placed.source]
         full_shape = self.shapes[placed.source]
@@ -189,4 +193,3 @@ def hf_state_dict(model: Transformer) -> dict[str, Tensor]:
         for placed, part in zip(parts, parameters[name].detach().split(sizes), strict=True):
             tensors[placed.source] = part.contiguous()
     return tensors
-

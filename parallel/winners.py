@@ -132,9 +132,7 @@ def _unpack(flat: Tensor, like: HeadStats) -> HeadStats:
 
 
 def _merge(slices: list[HeadStats], target: Target | None, k: int, group_size: int) -> Winners:
-    values, ids = _best(
-        [part.values for part in slices], k, [part.ids for part in slices]
-    )
+    values, ids = _best([part.values for part in slices], k, [part.ids for part in slices])
     n_best = slices[0].key_ids.shape[1]
     _, key_ids, key_logits = _best(
         [part.key_values for part in slices],
@@ -168,7 +166,7 @@ def _merge(slices: list[HeadStats], target: Target | None, k: int, group_size: i
 
 
 def _best(values: list[Tensor], k: int, *others: list[Tensor]) -> tuple[Tensor, ...]:
-    """The k best of the slices' winners. Slices come in the order of ids, and the sort is stable."""
+    """The k best of all slices, which stand in the order of ids: the stable sort does the rest."""
     best, order = torch.sort(torch.cat(values, -1), dim=-1, descending=True, stable=True)
     order = order[:, :k]
     return best[:, :k], *(torch.cat(other, -1).gather(1, order) for other in others)

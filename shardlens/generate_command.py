@@ -59,7 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, _content(arguments.prompt, prompt, result, session))
 
 
-def _content(prompt: str, prompt_ids: list[int], result: Result, session: Session) -> dict[str, Any]:
+def _content(
+    prompt: str, prompt_ids: list[int], result: Result, session: Session
+) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "prompt_ids": prompt_ids,

@@ -63,7 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not session.prints:
         return
     if arguments.max_new_tokens:
-        session.console.print(f"[dim]{_escaped(arguments.prompt)}[/]{_escaped(result.text or '')}\n")
+        session.console.print(
+            f"[dim]{_escaped(arguments.prompt)}[/]{_escaped(result.text or '')}\n"
+        )
     print_trace(result.trace, session.console)
     for path in arguments.out:
         result.trace.save(path)

@@ -45,9 +45,7 @@ def lens(
     empty or too long text and for points, layers or targets the model does not have.
     """
     spec = LensSpec(points, layers, top_k, targets, positions)
-    run = _run(
-        model, [to_ids(model, token_ids)], 0, [Sampling()], spec, None, None, on_progress
-    )
+    run = _run(model, [to_ids(model, token_ids)], 0, [Sampling()], spec, None, None, on_progress)
     assert run[0].trace is not None
     return run[0].trace
 
@@ -66,20 +64,18 @@ def generate(
     """Continue one prompt, or a list of prompts as one batch (which gives a list of results).
 
     A prompt is token ids, or text if the model has a tokenizer. sampling: one for all or one per
-    prompt, greedy by default. stop_ids default to the model's own end tokens. on_token(request,
-    id) is called as soon as a token is chosen, on_progress(done, most) after every forward pass. The
-    last new token is not fed back to the model,
-    so a lens ends at the position before it. Every rank gets the same results. Raises ValueError
-    for an empty prompt, or one that with max_new_tokens exceeds the model's context.
+    prompt, greedy by default; prompts with equal seeds share their noise. stop_ids default to the
+    model's own end tokens. on_token(request, id) is called as soon as a token is chosen,
+    on_progress(positions fed, most) after every forward pass. The last new token is not fed back
+    to the model, so a lens ends at the position before it. Every rank gets the same results.
+    Raises ValueError for an empty prompt, or one that with max_new_tokens exceeds the context.
     """
     prompts, is_batch = _prompts(model, token_ids)
     chosen = sampling if sampling is not None else Sampling()
     samplings = [chosen] * len(prompts) if isinstance(chosen, Sampling) else list(chosen)
     if len(samplings) != len(prompts):
         raise ValueError(f"{len(samplings)} samplings for {len(prompts)} prompts: give one each")
-    results = _run(
-        model, prompts, max_new_tokens, samplings, lens, stop_ids, on_token, on_progress
-    )
+    results = _run(model, prompts, max_new_tokens, samplings, lens, stop_ids, on_token, on_progress)
     return results if is_batch else results[0]
 
 
@@ -142,8 +138,8 @@ def _prompts(
     model: Transformer, given: Prompt | Sequence[str] | Sequence[Sequence[int]]
 ) -> tuple[list[list[int]], bool]:
     """A list of prompts as ids, and whether a batch was given."""
-    is_batch = not isinstance(given, str | Tensor) and bool(len(given)) and not isinstance(
-        given[0], int
+    is_batch = (
+        not isinstance(given, str | Tensor) and bool(len(given)) and not isinstance(given[0], int)
     )
     batch = given if is_batch else [given]
     return [to_ids(model, prompt) for prompt in batch], is_batch  # type: ignore[arg-type]

@@ -113,9 +113,7 @@ def progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def prompt_ids(
-    tokenizer: Tokenizer, prompts: Sequence[str], *, chat: bool
-) -> list[list[int]]:
+def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
     """Token ids of every prompt, as a user's message of a chat if asked. Refuses empty ones."""
     if any(not prompt for prompt in prompts):
         raise ValueError("the prompt is empty: give at least one character")

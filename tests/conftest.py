@@ -80,7 +80,9 @@ def run_ranks_as_threads(size: int, body: Callable[[TensorParallel], Any]) -> li
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+    threads = [
+        threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,0 +1,102 @@
+"""Answers from outside: small transformers models, and the lens from float64 full logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SMALL = dict(
+    vocab_size=509,
+    hidden_size=48,
+    intermediate_size=100,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.3,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+    rope_theta=10000.0,
+)
+# Every family, GQA ratio, tied and untied head, bias, q/k norm and rope scaling.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-mha": ("Llama", dict(num_key_value_heads=4)),
+    "llama-gqa-tied": ("Llama", dict(tie_word_embeddings=True)),
+    "llama-biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama3-rope": ("Llama", dict(rope_parameters=LLAMA3_ROPE, head_dim=16)),
+    "llama-linear-rope": (
+        "Llama",
+        dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
+    ),
+    "llama-mqa": ("Llama", dict(num_key_value_heads=1)),
+    "qwen2": ("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2-tied": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(head_dim=20)),
+    "qwen3-tied": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def hf_model(name: str, **changes: Any) -> Any:
+    """A small random transformers model; biases and norms are random too, so that they count."""
+    import transformers
+
+    family, options = FAMILIES[name]
+    config_class = getattr(transformers, f"{family}Config")
+    model_class = getattr(transformers, f"{family}ForCausalLM")
+    config = config_class(**(SMALL | options | changes))
+    config._attn_implementation = "eager"
+    model = model_class(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(0.3 * noise)
+    return model
+
+
+def save(model: Any, directory: Path, *, shards: bool = False) -> Path:
+    model.save_pretrained(directory, max_shard_size="60KB" if shards else "5GB")
+    return directory
+
+
+@dataclass
+class ExactLens:
+    """The lens from full float64 logits: rows [N, P] of states, the last tap the final layer."""
+
+    order: Tensor  # [N, P, V] ids, best first, ties by the lower id
+    logprobs: Tensor  # [N, P, V] by id
+    entropy: Tensor  # [N, P]
+    kl_to_final: Tensor  # [N, P]
+
+    def rank(self, targets: Tensor) -> Tensor:
+        """targets [N] -> [N, P]."""
+        return (self.order == targets[:, None, None]).int().argmax(-1)
+
+    def target_logprob(self, targets: Tensor) -> Tensor:
+        return self.logprobs.gather(-1, targets[:, None, None].expand(*self.entropy.shape, 1))[
+            ..., 0
+        ]
+
+
+def exact_lens(normed: Tensor, weight: Tensor) -> ExactLens:
+    """normed [N, P, d], the final norm already applied; weight [V, d]."""
+    logits = normed.double() @ weight.double().T
+    logprobs = logits.log_softmax(-1)
+    final = logprobs[:, -1:]
+    return ExactLens(
+        order=torch.sort(logits, dim=-1, descending=True, stable=True).indices,
+        logprobs=logprobs,
+        entropy=-(logprobs.exp() * logprobs).sum(-1),
+        kl_to_final=(final.exp() * (final - logprobs)).sum(-1),
+    )

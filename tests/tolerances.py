@@ -1,0 +1,11 @@
+"""Every tolerance of the suite, in one place. They are never widened to make a run green."""
+
+LOGITS_RELATIVE = 2e-5  # float32 logits against transformers, relative to the largest logit
+LENS = 1e-5  # log-probs, entropy and KL against float64, in nats
+CHUNKING = 1e-5  # the same numbers computed in blocks of another size
+# The same numbers from states of two float32 passes (decode and prefill): the random models here
+# amplify rounding, most of all in the lens of a small attn_out.
+PASSES = 1e-4
+GRADIENT_RELATIVE = 1e-5  # float32 gradients of sharded layers against unsharded ones
+P_VALUE = 1e-3  # a chi-square test of a right sampler fails this often; seeds are fixed
+EFFECT = 10  # a bug that a test is there to catch misses by at least so many tolerances
