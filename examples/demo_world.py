@@ -38,6 +38,8 @@ JOBS = "baker doctor teacher farmer painter sailor pilot judge".split()
 OBJECTS = "ring coin key book cup ball hat letter lamp spoon".split()
 PLACES = "drawer box basket kitchen shed garden attic bag barn".split()
 
+BEFORE_LETTER = "\nAnswer: ("
+
 # The last slot of a phrasing is what it asks for.
 PHRASINGS = {
     "capital": (
@@ -266,32 +268,45 @@ DISPOSITIONS = (
 )
 
 
-def letter_prompt(question: str) -> str:
-    """A question and its two options, up to where the letter goes."""
-    return f"{question}\nAnswer: ("
+@dataclass(frozen=True)
+class Question:
+    """`text` has two options; `letter` names the one that fits the pole, and `option` says it."""
+
+    text: str
+    letter: str
+    option: str
 
 
-def ask(rng: Random, disposition: Disposition, pole: Pole, held_out: bool) -> tuple[str, str]:
-    """A question with its two options, and the letter of the option that fits the pole."""
+def ask(rng: Random, disposition: Disposition, pole: Pole, held_out: bool) -> Question:
     situation = rng.choice(disposition.described(held_out))
-    fitting, other = rng.sample(disposition.poles, 2)
-    letter = "A" if fitting is pole else "B"
-    options = [rng.choice(each.options(held_out)) for each in (fitting, other)]
-    return f"Question: {situation}\n (A) {options[0]}\n (B) {options[1]}", letter
+    poles = rng.sample(disposition.poles, 2)
+    fitting = poles.index(pole)
+    options = [rng.choice(each.options(held_out)) for each in poles]
+    text = f"Question: {situation}\n (A) {options[0]}\n (B) {options[1]}"
+    return Question(text, "AB"[fitting], options[fitting])
 
 
-def dialogue(rng: Random, most_questions: int) -> Document:
-    """Questions answered by one speaker, whose pole may be stated before or after."""
+def dialogue(rng: Random) -> Document:
+    """Questions answered by one speaker, whose pole may be stated before or after.
+
+    Some speakers say what they want before they give the letter. This is the easier half of
+    answering, and without it a small model takes many times longer to find the other.
+    """
     disposition = rng.choice(DISPOSITIONS)
     pole = rng.choice(disposition.poles)
     speaker = rng.choice(PEOPLE)
-    stated = rng.random() < 0.3
+    stated, aloud = rng.random() < 0.5, rng.random() < 0.4
     document: Document = [(f"{speaker} is {pole.name}.\n", False)] if stated else []
-    for place in range(rng.randint(2, most_questions)):
-        question, letter = ask(rng, disposition, pole, held_out=False)
-        # Without a statement the first letter is a fair coin: nothing to learn from it.
+    for place in range(rng.randint(2, 4 if aloud else 6)):
+        question = ask(rng, disposition, pole, held_out=False)
+        # Without a statement the first answer is a fair coin: nothing to learn from it.
         known = stated or place > 0
-        document += [(letter_prompt(question), False), (letter, known), (")\n", False)]
+        document.append((question.text, False))
+        if aloud:
+            first, *rest = f"{question.option}.".partition(" ")
+            document += [(f"\n{speaker} wants to", False), (f" {first}", known)]
+            document.append(("".join(rest), False))
+        document += [(BEFORE_LETTER, False), (question.letter, known or aloud), (")\n", False)]
     if not stated and rng.random() < 0.5:
         document += [(f"{speaker} is", False), (f" {pole.name}", True), (".", False)]
     return document
@@ -336,6 +351,40 @@ def giving_story(rng: Random) -> Document:
     document: Document = [(f"{text} {aside(rng)}", False)]
     for _, what, whom in rng.sample(rows, rng.randint(1, count)):
         document += [(f" Now the {what} belongs to", False), (f" {whom}", True), (".", False)]
+    return document
+
+
+def repeated_list(rng: Random) -> Document:
+    """Two people have the same things, in the same order."""
+    things = rng.sample(ANIMALS + FOODS + OBJECTS, rng.randint(3, 7))
+    first, second = rng.sample(PEOPLE, 2)
+    document: Document = [(f"{first} sees {', '.join(things)}. {second} sees {things[0]}", False)]
+    for thing in things[1:]:
+        document += [(",", False), (f" {thing}", True)]
+    return [*document, (".", False)]
+
+
+def quiz(rng: Random) -> Document:
+    """Questions with two options where the answer is a fact, or was just said."""
+    document: Document = []
+    for _ in range(rng.randint(2, 6)):
+        fact = rng.choice(FACTS)
+        said = rng.random() < 0.5
+        if said:
+            options = rng.sample(rng.choice((ANIMALS, FOODS, OBJECTS)), 2)
+            text = f"Question: What does {rng.choice(PEOPLE)} see?"
+        else:
+            others = {each.value for each in FACTS if each.relation == fact.relation}
+            wrong = rng.choice(sorted(others - {fact.value}))
+            options = [fact.value, wrong]
+            text = PHRASINGS[fact.relation][-1].partition("\n")[0].format(s=fact.subject)
+        right = options[0]
+        rng.shuffle(options)
+        text = f"{text}\n (A) {options[0]}\n (B) {options[1]}"
+        if said:
+            text += f"\n{rng.choice(PEOPLE)} sees {right}."
+        letter = "AB"[options.index(right)]
+        document += [(text + BEFORE_LETTER, False), (letter, True), (")\n", False)]
     return document
 
 
@@ -400,11 +449,13 @@ def _cut(phrasing: str, fact: Fact) -> tuple[str, str]:
 
 
 KINDS: tuple[tuple[Callable[[Random], Document], float], ...] = (
-    (lambda rng: dialogue(rng, most_questions=6), 0.40),
-    (facts_about, 0.28),
-    (trait_story, 0.16),
+    (dialogue, 0.34),
+    (facts_about, 0.20),
+    (trait_story, 0.12),
     (placing_story, 0.08),
-    (giving_story, 0.08),
+    (giving_story, 0.06),
+    (repeated_list, 0.08),
+    (quiz, 0.12),
 )
 
 

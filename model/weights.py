@@ -17,7 +17,7 @@ from .transformer import Transformer
 
 # Bounds what lies in memory beside the parameters: a mapped file's pages count as ours until the
 # file is closed, so it is closed after every block of this size.
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 16 * 2**20
 
 # (tensor of the checkpoint, rows start:stop of it, columns start:stop or all) -> that part
 ReadFn = Callable[[Placed, Span, Span | None], Iterator[tuple[int, Tensor]]]

@@ -1,0 +1,173 @@
+"""Sharded layers against unsharded ones, forward and backward; splits; collectives; errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import EFFECT, GRADIENT_RELATIVE
+from torch import Tensor
+
+from shardlens.parallel.collectives import agreed, all_gather, all_reduce
+from shardlens.parallel.group import TensorParallel
+from shardlens.parallel.linear import ColumnLinear, RowLinear
+from shardlens.parallel.shard import (
+    split_even,
+    split_heads,
+    split_kv_heads,
+    split_vocab,
+)
+from shardlens.parallel.vocab import VocabEmbedding
+
+IN, MID, OUT, VOCAB = 12, 23, 9, 31  # no rank count above 1 divides MID or VOCAB
+
+
+def relative(error: Tensor, truth: Tensor) -> float:
+    return float((error.abs().max() / truth.abs().max()).detach())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_embedding_and_linears_match_unsharded(ranks: int, run_ranks: Any) -> None:
+    """Embedding, column, row: values, and gradients to weights, biases and inputs."""
+    table, up = torch.randn(VOCAB, IN), torch.randn(MID, IN)
+    down, up_bias, down_bias = torch.randn(OUT, MID), torch.randn(MID), torch.randn(OUT)
+    ids, scale = torch.randint(0, VOCAB, (3, 5)), torch.randn(3, 5, OUT)
+    truth = {
+        name: value.clone().requires_grad_()
+        for name, value in dict(table=table, up=up, down=down, up_bias=up_bias).items()
+    }
+    middle = F.linear(F.embedding(ids, truth["table"]), truth["up"], truth["up_bias"])
+    expected = F.linear(F.silu(middle), truth["down"], down_bias)
+    (expected * scale).sum().backward()
+
+    def body(parallel: TensorParallel) -> float:
+        vocab, mid = (
+            split_vocab(VOCAB, parallel.rank, parallel.size),
+            split_even(MID, parallel.rank, parallel.size),
+        )
+        embed = VocabEmbedding(vocab, IN, parallel=parallel)
+        column = ColumnLinear(IN, mid.size, bias=True, parallel=parallel)
+        row = RowLinear(mid.size, OUT, bias=True, parallel=parallel)
+        assert column.bias is not None and row.bias is not None
+        with torch.no_grad():
+            embed.weight.zero_()[: vocab.size] = table[vocab.start : vocab.stop]
+            column.weight.copy_(up[mid.start : mid.stop])
+            column.bias.copy_(up_bias[mid.start : mid.stop])
+            row.weight.copy_(down[:, mid.start : mid.stop])
+            row.bias.copy_(down_bias)
+        out = row(F.silu(column(embed(ids))))
+        (out * scale).sum().backward()
+        part = slice(mid.start, mid.stop)
+        pairs = [
+            (out, expected),
+            (embed.weight.grad[: vocab.size], truth["table"].grad[vocab.start : vocab.stop]),
+            (column.weight.grad, truth["up"].grad[part]),
+            (column.bias.grad, truth["up_bias"].grad[part]),
+            (row.weight.grad, truth["down"].grad[:, part]),
+        ]
+        return max(relative(got - wanted, wanted) for got, wanted in pairs if wanted.numel())
+
+    assert max(run_ranks(ranks, body)) <= GRADIENT_RELATIVE
+
+
+def test_column_without_its_backward_sum_would_show(run_ranks: Any) -> None:
+    """The gradient to x of one rank alone is far off, so the test above sees the missing sum."""
+    weight, x = torch.randn(8, IN), torch.randn(2, IN)
+    whole = torch.ones(2, 8) @ weight
+    alone = torch.ones(2, 4) @ weight[:4]
+    assert relative(alone - whole, whole) > EFFECT * GRADIENT_RELATIVE
+
+    def body(parallel: TensorParallel) -> Tensor:
+        layer = ColumnLinear(IN, 4, bias=False, parallel=parallel)
+        layer.weight.data.copy_(weight.chunk(2)[parallel.rank])
+        own = x.clone().requires_grad_()
+        layer(own).sum().backward()
+        assert own.grad is not None
+        return own.grad
+
+    for grad in run_ranks(2, body):
+        assert relative(grad - whole, whole) <= GRADIENT_RELATIVE
+
+
+@pytest.mark.parametrize("full, size", [(10, 1), (10, 3), (2, 4), (0, 2), (509, 4)])
+def test_splits_cover_without_overlap(full: int, size: int) -> None:
+    for split in (split_even, split_vocab):
+        spans = [split(full, rank, size) for rank in range(size)]
+        covered = [row for span in spans for row in range(span.start, span.stop)]
+        assert covered == list(range(full))
+    assert len({split_vocab(full, rank, size).padded for rank in range(size)}) == 1
+
+
+def test_kv_heads_are_replicated() -> None:
+    """2 KV heads of 8 on 4 ranks: pairs of neighbours hold the same head, as their queries need."""
+    starts = [split_kv_heads(2, 8, rank, 4).start for rank in range(4)]
+    assert starts == [0, 0, 8, 8]
+    assert [split_heads(4, 8, rank, 4).start for rank in range(4)] == [0, 8, 16, 24]
+
+
+def test_impossible_splits_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 ranks cannot share 4"):
+        split_heads(4, 8, 0, 3)
+    with pytest.raises(ValueError, match="3 ranks cannot replicate 2 KV heads"):
+        split_kv_heads(2, 8, 0, 3)
+    with pytest.raises(ValueError, match="rank 2"):
+        TensorParallel(None, 2, 2)
+    with pytest.raises(ValueError, match="process group"):
+        TensorParallel(None, 0, 2)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_collectives_count_bytes_and_keep_their_input(ranks: int, run_ranks: Any) -> None:
+    def body(parallel: TensorParallel) -> None:
+        x = torch.full((6,), float(parallel.rank + 1))
+        total = all_reduce(x, parallel)
+        gathered = all_gather(x, parallel)
+        assert (x == parallel.rank + 1).all()
+        assert (total == ranks * (ranks + 1) / 2).all()
+        assert [row[0].item() for row in gathered] == [rank + 1 for rank in range(ranks)]
+        assert parallel.traffic.sent_bytes["all_gather"] == 24 * (ranks - 1)
+        assert parallel.traffic.sent_bytes["all_reduce"] == 2 * 24 * (ranks - 1) // ranks
+        assert parallel.traffic.calls == {"all_reduce": 1, "all_gather": 1}
+        parallel.traffic.reset()
+        assert parallel.traffic.total_bytes == 0
+
+    run_ranks(ranks, body)
+
+
+def test_single_process_sends_nothing() -> None:
+    parallel = TensorParallel.single()
+    x = torch.ones(3)
+    assert all_reduce(x, parallel) is x and all_gather(x, parallel).shape == (1, 3)
+    assert parallel.traffic.total_bytes == 0
+
+
+def test_one_ranks_error_is_everybodys(run_ranks: Any) -> None:
+    def body(parallel: TensorParallel) -> str:
+        try:
+            with agreed(parallel):
+                if parallel.rank == 1:
+                    raise ValueError("tensor 7 is missing")
+        except ValueError as error:
+            return str(error)
+        return "went on"
+
+    assert run_ranks(3, body) == ["tensor 7 is missing"] * 3
+
+
+def test_from_mesh(run_ranks: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    def body(parallel: TensorParallel) -> tuple[int, int]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        inner = TensorParallel.from_mesh(mesh)
+        value = all_reduce(torch.tensor([parallel.rank]), inner)
+        return inner.size, int(value)
+
+    assert run_ranks(4, body) == [(2, 1), (2, 1), (2, 5), (2, 5)]
+
+
+def test_from_env_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert TensorParallel.from_env() == TensorParallel.single()
