@@ -150,18 +150,30 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, left)
 
 
+def optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the embedding and the norms."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(
+            matrices, lr=PEAK_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
 def train(model: Transformer, coder: Coder, *, seed: int, steps: int) -> int:
     """Train in place. Returns how many tokens were seen."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=True)
+    rules = optimizers(model)
     losses_of = compiled_or_plain(model)
     stream = batches(coder, f"train {seed}", BATCH)
+    held_out, _ = next(batches(coder, "monitor", 2))
     start = time.perf_counter()
+    print(f"{'step':>5} {'s':>5} {'loss':>6} {'answers':>7}   held-out loss after each block")
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * rate(step, steps)
+        for rule in rules:
+            rule.param_groups[0]["lr"] = PEAK_RATE * rate(step, steps)
         ids, weights = next(stream)
         weights = weights[:, 1:]
         with torch.autocast("cpu", torch.bfloat16):
@@ -169,15 +181,14 @@ def train(model: Transformer, coder: Coder, *, seed: int, steps: int) -> int:
         loss = (losses * weights).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
+        for rule in rules:
+            rule.step()
+            rule.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
             answers = losses.detach()[weights > 1].mean()
             spent = time.perf_counter() - start
-            print(
-                f"step {step:5d}  {spent:5.0f} s  loss {loss:.4f}  answers {answers:.4f}",
-                flush=True,
-            )
+            by_layer = " ".join(f"{loss:6.3f}" for loss in layer_losses(model, held_out))
+            print(f"{step:5d} {spent:5.0f} {loss:6.3f} {answers:7.3f}   {by_layer}", flush=True)
     return steps * BATCH * ROW
 
 
