@@ -31,6 +31,12 @@ def stories(shared_data: Path) -> Path:
     return shared_data / "stories260K-hf"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The tensors of tests are too small to share between threads."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
