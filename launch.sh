@@ -92,7 +92,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         -n) ranks=${2:?-n needs a number of ranks}; shift 2 ;;
         -h | --help) usage; exit 0 ;;
-        --*=*) passed+=("$1"); shift ;;
+        --*=* | --standalone) passed+=("$1"); shift ;;
         --*) passed+=("$1" "${2:?$1 needs a value}"); shift 2 ;;
         *) break ;;
     esac

@@ -106,7 +106,7 @@ def _png(trace: Trace, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(
-        trace.logprobs[:, :, 0].exp().T,
+        trace.logprobs[:, :, 0].exp().T.numpy(),
         aspect="auto",
         origin="lower",
         cmap="Greens",

@@ -71,7 +71,8 @@ def next_tokens(
 ) -> list[int]:
     """One token per row of x [B, d] (normed), the same on every rank.
 
-    steps: per row, how many tokens were drawn before; with the seed it keys the noise.
+    steps: per row, how many tokens were drawn before; with the seed it keys the noise. Raises
+    ValueError where logits are not finite, as when a model overflows its dtype.
     """
 
     def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
@@ -87,6 +88,8 @@ def next_tokens(
     unlimited = any(s.limit == 0 for s in samplings)
     k = min(vocab_size, max(s.winners_needed for s in samplings))
     winners = reduce_head(x, head, k=k, scale=scale, noise=noise if unlimited else None)
+    if not winners.logsumexp.isfinite().all():
+        raise ValueError("the logits are not finite: run the model in bfloat16 or float32")
 
     place = torch.arange(k, device=x.device)
     mass = winners.logprobs.double().exp() * (place < limit)  # [B, k]

@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     session = open_session(arguments)
-    prompt = prompt_ids(session.tokenizer, [arguments.prompt], chat=arguments.chat)[0]
+    prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)
     session.console.print(f"[dim]{escape(arguments.prompt)}[/]", end="")
     printer = _Printer(session)
     result = generate(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rich.markup import escape
+
 from .interp.lens import LensSpec
 from .interp.output import write_json
 from .interp.show import print_trace
@@ -50,11 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
         targets="next" if target is None else session.tokenizer.single_token(target),
         positions=arguments.positions,
     )
-    prompts = prompt_ids(session.tokenizer, [arguments.prompt], chat=arguments.chat)
+    prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)
     with progress("reading", shown=session.prints) as on_progress:
         result = generate(
             session.model,
-            prompts[0],
+            prompt,
             max_new_tokens=arguments.max_new_tokens,
             lens=spec,
             on_progress=on_progress,
@@ -63,18 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
     if not session.prints:
         return
     if arguments.max_new_tokens:
-        session.console.print(
-            f"[dim]{_escaped(arguments.prompt)}[/]{_escaped(result.text or '')}\n"
-        )
+        session.console.print(f"[dim]{escape(arguments.prompt)}[/]{escape(result.text or '')}\n")
     print_trace(result.trace, session.console)
     for path in arguments.out:
         result.trace.save(path)
     if arguments.json is not None:
         content = {"prompt": arguments.prompt, "text": result.text, **result.trace.to_dict()}
         write_json(arguments.json, content)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,10 +113,10 @@ def progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
-    """Token ids of every prompt, as a user's message of a chat if asked. Refuses empty ones."""
-    if any(not prompt for prompt in prompts):
+def prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt, as a user's message of a chat if asked. Refuses an empty one."""
+    if not prompt:
         raise ValueError("the prompt is empty: give at least one character")
-    if not chat:
-        return [tokenizer.encode(prompt) for prompt in prompts]
-    return [tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+    return (
+        tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    )

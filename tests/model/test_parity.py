@@ -101,6 +101,22 @@ def test_greedy_text(case: Case, ranks: int, run_ranks: Any) -> None:
         assert sequences == expected
 
 
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "qwen2", "qwen3"])
+def test_bf16_errs_no_more_than_the_reference(name: str, tmp_path: Path) -> None:
+    """To the float32 truth of the same bf16 weights; casts in another order would add error."""
+    hf = hf_model(name, initializer_range=0.1).bfloat16()
+    directory = save(hf, tmp_path / name)
+    token_ids = torch.randint(3, 509, (4, LENGTH))
+    model = Transformer(read_config(directory), dtype=torch.bfloat16)
+    load_weights(model, directory)
+    with torch.no_grad():
+        ours = local_logits(model, model(token_ids)).float()
+        reference = hf(token_ids).logits.float()
+        truth = hf.float()(token_ids).logits
+    error, allowed = ((logits - truth).pow(2).mean().sqrt() for logits in (ours, reference))
+    assert error <= 1.05 * allowed
+
+
 # What each option of a config changes; a runtime that ignored it would be this far off.
 IGNORED = {
     "llama3-rope": dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0)),

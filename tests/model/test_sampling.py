@@ -150,6 +150,14 @@ def test_wide_nucleus_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(widths) > 1, "no row was searched beyond its first tries"
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+    weight, row = weight_and_row(97, 1.0)
+    row[0, 3] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        next_tokens(row, head_of(weight, TensorParallel.single()), [Sampling()], [0])
+
+
 def test_philox_known_answers() -> None:
     """First words of the published Philox-4x32-10 test vectors (Random123, kat_vectors)."""
     zero = torch.zeros(1, dtype=torch.int64)
