@@ -233,8 +233,7 @@ def test_token_text_and_bytes(shared_data: Path) -> None:
 @pytest.mark.parametrize("bad", [-1, 128256])
 def test_an_unknown_id_is_named(directory: str, bad: int, shared_data: Path) -> None:
     tokenizer = load(shared_data / directory)
-    calls = (tokenizer.token_bytes, tokenizer.stream().push, lambda id: tokenizer.decode([5, id]))
-    for call in calls:
+    for call in (tokenizer.token_bytes, lambda id: tokenizer.decode([5, id])):
         with pytest.raises(ValueError, match=f"token id {bad} "):
             call(bad)
 
@@ -246,6 +245,16 @@ def test_ids_may_be_a_tensor(shared_data: Path) -> None:
     assert tokenizer.decode(ids) == "hello world"
     first: Any = ids[0]
     assert tokenizer.stream().push(first) == ""
+
+
+def test_a_stream_shows_ids_of_a_padded_vocabulary(shared_data: Path) -> None:
+    """A model may choose an id beyond the tokenizer's; text around it is unharmed."""
+    tokenizer = load(shared_data / LLAMA31)
+    stream = tokenizer.stream()
+    half, *rest = tokenizer.encode("🦙", bos=False)
+    assert stream.push(128256) == "<128256>"
+    assert stream.push(half) + stream.push(128300) == "\ufffd<128300>"
+    assert "".join(map(stream.push, [half, *rest])) == "🦙"
 
 
 def test_a_stream_cut_short(shared_data: Path) -> None:
