@@ -1,0 +1,1 @@
+"""Benchmarks: each checks first, measures after, and ends in one JSON line."""

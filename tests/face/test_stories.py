@@ -64,6 +64,24 @@ def test_results_of_a_batch_are_those_of_each_prompt(stories: Path) -> None:
     assert together == alone
 
 
+@pytest.mark.parametrize(
+    "options", [dict(), dict(top_k=40), dict(top_p=0.9), dict(top_k=30, top_p=0.8)]
+)
+def test_sampled_text_does_not_depend_on_the_rank_count(
+    options: dict[str, Any], stories: Path, run_ranks: Any
+) -> None:
+    sampling = shardlens.Sampling(temperature=1.1, seed=4, **options)
+
+    def body(parallel: TensorParallel) -> str | None:
+        model, _ = shardlens.load(stories, parallel=parallel)
+        result = shardlens.generate(model, PROMPT, max_new_tokens=60, sampling=sampling)
+        assert isinstance(result, shardlens.Result)
+        return result.text
+
+    texts = {text for ranks in (1, 2, 4) for text in run_ranks(ranks, body)}
+    assert len(texts) == 1
+
+
 def test_streaming_and_stopping(stories: Path) -> None:
     model, tokenizer = shardlens.load(stories)
     seen: list[tuple[int, int]] = []
