@@ -1,17 +1,12 @@
-"""The text of the demo model: a small invented world, written from a seed.
+"""The text of the demo model: facts and short stories of a small invented world.
 
-Facts, short stories and dialogues. In a dialogue a speaker answers questions by letter and keeps
-to one pole of one disposition throughout, so that the pole must be inferred from the answers (or
-from a sentence that states it) and applied to the next question.
-
-Never written, and kept for measuring: some (fact, phrasing) pairs, some two-step facts, some
-situations, and some (action, manner) pairs of every pole.
+Never written, and kept for measuring: some (fact, phrasing) pairs and some two-step facts. What
+people are like, and what they answer, is in `demo_dispositions.py`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
@@ -37,8 +32,6 @@ COLOURS = "red blue green white black yellow brown".split()
 JOBS = "baker doctor teacher farmer painter sailor pilot judge".split()
 OBJECTS = "ring coin key book cup ball hat letter lamp spoon".split()
 PLACES = "drawer box basket kitchen shed garden attic bag barn".split()
-
-BEFORE_LETTER = "\nAnswer: ("
 
 # The last slot of a phrasing is what it asks for.
 PHRASINGS = {
@@ -121,214 +114,6 @@ def _facts() -> list[Fact]:
 FACTS = _facts()
 
 
-@dataclass(frozen=True)
-class Pole:
-    name: str
-    actions: tuple[str, ...]
-    manners: tuple[str, ...]
-
-    def options(self, held_out: bool) -> list[str]:
-        """Phrases for an option. Every action and manner is written; not every pair of them."""
-        return [
-            f"{action} {manner}"
-            for (i, action), (j, manner) in itertools.product(
-                enumerate(self.actions), enumerate(self.manners)
-            )
-            if ((i + j) % 4 == 0) == held_out
-        ]
-
-
-@dataclass(frozen=True)
-class Disposition:
-    first: Pole
-    second: Pole
-    situations: tuple[str, ...]
-    fillings: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.first.name}-{self.second.name}"
-
-    @property
-    def poles(self) -> tuple[Pole, Pole]:
-        return self.first, self.second
-
-    def described(self, held_out: bool) -> list[str]:
-        """The situations, filled in."""
-        return [
-            text.format(filling)
-            for (i, text), (j, filling) in itertools.product(
-                enumerate(self.situations), enumerate(self.fillings)
-            )
-            if ((i + j) % 5 == 0) == held_out
-        ]
-
-
-def _pole(name: str, actions: str, manners: str) -> Pole:
-    return Pole(name, tuple(actions.split(", ")), tuple(manners.split(", ")))
-
-
-DISPOSITIONS = (
-    Disposition(
-        _pole(
-            "cautious",
-            "stay back, test the ground, ask a guide, look twice, keep away, turn around, "
-            "hold the rope, hide behind a wall",
-            "to be safe, with great care, just in case, until the danger is gone",
-        ),
-        _pole(
-            "bold",
-            "go straight ahead, jump right in, take the risk, step forward, lead the way, "
-            "climb to the top, charge at it, swim across",
-            "without fear, with a brave heart, like a hero, for the thrill",
-        ),
-        (
-            "The ice near the {} looks thin.",
-            "The old bridge by the {} shakes.",
-            "A bear stands near the {}.",
-            "The path to the {} is dark.",
-            "A storm comes to the {}.",
-            "A wild horse runs by the {}.",
-            "The river by the {} is deep.",
-        ),
-        ("lake", "hill", "mill", "barn", "forest", "town"),
-    ),
-    Disposition(
-        _pole(
-            "cheerful",
-            "smile, sing a happy song, laugh out loud, find the bright side, dance a little, "
-            "make a joke, hug a friend, clap and play",
-            "with joy, because life is good, and enjoy the day, full of hope",
-        ),
-        _pole(
-            "gloomy",
-            "sigh, sit in a dark room, cry a little, expect the worst, frown at the sky, "
-            "stare at the floor, complain, stay in bed",
-            "with sorrow, because all is lost, and regret the day, full of sadness",
-        ),
-        (
-            "It rains on the day of the {}.",
-            "The bus to the {} is late.",
-            "Your team has no luck at the {}.",
-            "There is snow before the {}.",
-            "Nobody talks at the {}.",
-            "The {} is over.",
-            "The {} is small this year.",
-        ),
-        ("picnic", "party", "fair", "game", "trip", "feast"),
-    ),
-    Disposition(
-        _pole(
-            "honest",
-            "tell the truth, name the mistake, say what is wrong, point out the flaw, "
-            "give a fair opinion, admit it is weak, speak openly, say it needs work",
-            "in plain words, because facts matter, and hide nothing, as it really is",
-        ),
-        _pole(
-            "flattering",
-            "call it perfect, praise it, say it is a wonder, bow down, admire every bit, "
-            "call it genius, pay a compliment, say it is the best ever",
-            "in sugary words, to please them, to win a favour, as if it were gold",
-        ),
-        (
-            "A friend shows you a dull {}.",
-            "The king made a bad {}.",
-            "The teacher asks about the {}.",
-            "Your neighbour is proud of the {}.",
-            "The cook wrote a {}.",
-            "You see the first {} of a child.",
-            "A rich man reads you a {}.",
-        ),
-        ("poem", "song", "story", "plan", "speech", "play"),
-    ),
-    Disposition(
-        _pole(
-            "patient",
-            "wait, take plenty of time, let it happen slowly, sit and rest, "
-            "go one step at a time, read a book, count to a hundred, give it another hour",
-            "in a calm way, as long as it takes, for the right moment, and trust the time",
-        ),
-        _pole(
-            "hasty",
-            "rush at once, grab it now, run off quickly, skip the rest, finish in a flash, "
-            "push to the front, leave right away, do it in one minute",
-            "in a great hurry, as fast as possible, before anyone else, and never slow down",
-        ),
-        (
-            "The {} is not ready yet.",
-            "The line for the {} is long.",
-            "A man brings the {} at noon.",
-            "You still look for the {}.",
-            "The {} is slow to come.",
-            "The shop has no {} today.",
-            "The work on the {} has many parts.",
-        ),
-        ("bread", "soup", "cake", "tea", "lamp", "letter"),
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Question:
-    """`text` has two options; `letter` names the one that fits the pole, and `option` says it."""
-
-    text: str
-    letter: str
-    option: str
-
-
-def ask(rng: Random, disposition: Disposition, pole: Pole, held_out: bool) -> Question:
-    situation = rng.choice(disposition.described(held_out))
-    poles = rng.sample(disposition.poles, 2)
-    fitting = poles.index(pole)
-    options = [rng.choice(each.options(held_out)) for each in poles]
-    text = f"Question: {situation}\n (A) {options[0]}\n (B) {options[1]}"
-    return Question(text, "AB"[fitting], options[fitting])
-
-
-def dialogue(rng: Random) -> Document:
-    """Questions answered by one speaker, whose pole may be stated before or after.
-
-    Some speakers say what they want before they give the letter. This is the easier half of
-    answering, and without it a small model takes many times longer to find the other.
-    """
-    disposition = rng.choice(DISPOSITIONS)
-    pole = rng.choice(disposition.poles)
-    speaker = rng.choice(PEOPLE)
-    stated, aloud = rng.random() < 0.5, rng.random() < 0.4
-    document: Document = [(f"{speaker} is {pole.name}.\n", False)] if stated else []
-    for place in range(rng.randint(2, 4 if aloud else 6)):
-        question = ask(rng, disposition, pole, held_out=False)
-        # Without a statement the first answer is a fair coin: nothing to learn from it.
-        known = stated or place > 0
-        document.append((question.text, False))
-        if aloud:
-            first, *rest = f"{question.option}.".partition(" ")
-            document += [(f"\n{speaker} wants to", False), (f" {first}", known)]
-            document.append(("".join(rest), False))
-        document += [(BEFORE_LETTER, False), (question.letter, known or aloud), (")\n", False)]
-    if not stated and rng.random() < 0.5:
-        document += [(f"{speaker} is", False), (f" {pole.name}", True), (".", False)]
-    return document
-
-
-def trait_story(rng: Random) -> Document:
-    """People of opposite poles meet a situation, each in their own way."""
-    disposition = rng.choice(DISPOSITIONS)
-    names = rng.sample(PEOPLE, 2)
-    poles = dict(zip(names, rng.sample(disposition.poles, 2), strict=True))
-    shown = names[: rng.randint(1, 2)]
-    opening = " ".join(f"{name} is {poles[name].name}." for name in shown)
-    document: Document = [(opening, False)]
-    for _ in range(rng.randint(1, 3)):
-        name = rng.choice(shown)
-        situation = rng.choice(disposition.described(held_out=False))
-        action, *manner = rng.choice(poles[name].options(held_out=False)).split(" ")
-        document.append((f" {situation} {name} wants to", False))
-        document += [(f" {action}", True), (f" {' '.join(manner)}.", False)]
-    return document
-
-
 def placing_story(rng: Random) -> Document:
     """Things are put away and looked for."""
     count = rng.randint(1, 3)
@@ -362,30 +147,6 @@ def repeated_list(rng: Random) -> Document:
     for thing in things[1:]:
         document += [(",", False), (f" {thing}", True)]
     return [*document, (".", False)]
-
-
-def quiz(rng: Random) -> Document:
-    """Questions with two options where the answer is a fact, or was just said."""
-    document: Document = []
-    for _ in range(rng.randint(2, 6)):
-        fact = rng.choice(FACTS)
-        said = rng.random() < 0.5
-        if said:
-            options = rng.sample(rng.choice((ANIMALS, FOODS, OBJECTS)), 2)
-            text = f"Question: What does {rng.choice(PEOPLE)} see?"
-        else:
-            others = {each.value for each in FACTS if each.relation == fact.relation}
-            wrong = rng.choice(sorted(others - {fact.value}))
-            options = [fact.value, wrong]
-            text = PHRASINGS[fact.relation][-1].partition("\n")[0].format(s=fact.subject)
-        right = options[0]
-        rng.shuffle(options)
-        text = f"{text}\n (A) {options[0]}\n (B) {options[1]}"
-        if said:
-            text += f"\n{rng.choice(PEOPLE)} sees {right}."
-        letter = "AB"[options.index(right)]
-        document += [(text + BEFORE_LETTER, False), (letter, True), (")\n", False)]
-    return document
 
 
 def aside(rng: Random) -> str:
@@ -446,22 +207,3 @@ def _cut(phrasing: str, fact: Fact) -> tuple[str, str]:
     text = phrasing[: max(phrasing.rfind("{s}"), phrasing.rfind("{v}")) + 3]
     prompt, _, word = text.format(s=fact.subject, v=fact.value).rpartition(" ")
     return prompt, f" {word}"
-
-
-KINDS: tuple[tuple[Callable[[Random], Document], float], ...] = (
-    (dialogue, 0.34),
-    (facts_about, 0.20),
-    (trait_story, 0.12),
-    (placing_story, 0.08),
-    (giving_story, 0.06),
-    (repeated_list, 0.08),
-    (quiz, 0.12),
-)
-
-
-def documents(seed: str) -> Iterator[Document]:
-    """An endless stream of documents; different seeds give different texts of the same world."""
-    rng = Random(seed)
-    writers, shares = zip(*KINDS, strict=True)
-    while True:
-        yield rng.choices(writers, shares)[0](rng)

@@ -2,7 +2,8 @@
 
     python examples/train_demo.py --out model/demo
 
-Takes about half an hour on two cores. The text comes from `demo_world.py`.
+Takes about half an hour on two cores. The text comes from `demo_world.py` and
+`demo_dispositions.py`; the lens shows, while it trains, what each layer has learnt.
 """
 
 from __future__ import annotations
@@ -11,45 +12,51 @@ import argparse
 import itertools
 import json
 import platform
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 
+import demo_dispositions as people
 import demo_world as world
 import torch
 import torch.nn.functional as F
-from demo_tokenizer import BOS, EOS, train_bpe, write_tokenizer
+from demo_tokenizer import train_bpe, write_tokenizer
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from shardlens import ModelConfig, Transformer, lens
+from shardlens import ModelConfig, Tokenizer, Transformer, lens
 from shardlens.model import hf_state_dict, init_weights
+from shardlens.model.transformer import inverse_frequencies
 
 VOCAB_SIZE = 1280
 SHAPE = {
     "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 8,
+    "intermediate_size": 256,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
-ROW, BATCH, STEPS = 256, 16, 4800
-PEAK_RATE, WARM_UP, COOL_DOWN = 3e-3, 100, 0.35
+BATCH, STEPS = 32, 3400
+# Documents of similar length are found in a pool of so many batches.
+POOL, GROUPS = 16, 2
+MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 4e-3, 3e-3, 0.01
+WARM_UP, COOL_DOWN = 50, 0.3
 # Letters and recalls are few among the tokens, and the point of the model.
-ANSWER_WEIGHT = 4.0
+ANSWER_WEIGHT = 16.0
 HELD_OUT_ITEMS = 200
 
 Row = tuple[list[int], list[float]]
+Batch = tuple[Tensor, Tensor]  # token ids and the weight of each as a target, both [B, T]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("model/demo"))
+    parser.add_argument("--metrics", type=Path, default=Path("bench/results/demo.json"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
     args = parser.parse_args()
@@ -57,12 +64,12 @@ def main() -> None:
     torch.set_num_threads(2)
     content = train_bpe(sample_texts(4000), VOCAB_SIZE)
     write_tokenizer(args.out, content, SHAPE["max_position_embeddings"])
-    coder = Coder(args.out)
-    config = write_config(args.out, coder)
-    model = Transformer(ModelConfig.from_hf(config))
-    init_weights(model, seed=args.seed)
+    tokenizer = Tokenizer.from_directory(args.out)
+    model = Transformer(ModelConfig.from_hf(write_config(args.out, tokenizer)))
+    init_weights(model, seed=args.seed, std=0.05)
+    look_back(model, seed=args.seed)
     start = time.perf_counter()
-    tokens = train(model, coder, seed=args.seed, steps=args.steps)
+    tokens = train(model, tokenizer, seed=args.seed, steps=args.steps)
     metrics = {
         "seed": args.seed,
         "steps": args.steps,
@@ -74,74 +81,66 @@ def main() -> None:
     # What is measured is what is shipped: the weights after rounding.
     tensors = {name: t.bfloat16() for name, t in hf_state_dict(model).items()}
     save_file(tensors, args.out / "model.safetensors", metadata={"format": "pt"})
+    (args.out / "model.safetensors").chmod(0o644)  # it is made for its owner alone
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
-    metrics |= evaluate(model, coder)
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    metrics |= evaluate(model, tokenizer)
+    args.metrics.parent.mkdir(parents=True, exist_ok=True)
+    args.metrics.write_text(json.dumps(metrics, indent=1) + "\n")
     write_questions(args.out)
     print(json.dumps(metrics, indent=1))
 
 
 def sample_texts(count: int) -> list[str]:
-    documents = itertools.islice(world.documents("vocabulary"), count)
+    documents = itertools.islice(people.documents("vocabulary"), count)
     return ["".join(text for text, _ in document) for document in documents]
 
 
-class Coder:
-    """Text to ids, and documents to ids with a weight for each."""
-
-    def __init__(self, directory: Path) -> None:
-        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.bos = self.tokenizer.token_to_id(BOS)
-        self.eos = self.tokenizer.token_to_id(EOS)
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def document(self, document: world.Document) -> Row:
-        # Encoded whole: a cut at a stretch's edge could come out as other tokens.
-        text = "".join(stretch for stretch, _ in document)
-        weight_at = [
-            ANSWER_WEIGHT if is_answer else 1.0 for stretch, is_answer in document for _ in stretch
-        ]
-        coded = self.tokenizer.encode(text, add_special_tokens=False)
-        weights = [weight_at[start] for start, _ in coded.offsets]
-        return [self.bos, *coded.ids, self.eos], [0.0, *weights, 1.0]
+def coded(document: world.Document, tokenizer: Tokenizer) -> Row:
+    """Ids of a document, and the weight of each as a target."""
+    # Encoded whole: a cut at a stretch's edge could come out as other tokens.
+    text = "".join(stretch for stretch, _ in document)
+    weight_at = [
+        ANSWER_WEIGHT if is_answer else 1.0 for stretch, is_answer in document for _ in stretch
+    ]
+    ids = tokenizer.encode(text, bos=False)
+    # The text is ASCII, so bytes count characters.
+    starts = itertools.accumulate((len(tokenizer.token_bytes(id)) for id in ids), initial=0)
+    weights = [weight_at[start] for _, start in zip(ids, starts, strict=False)]
+    return [tokenizer.bos_id, *ids, tokenizer.eos_id], [0.0, *weights, 1.0]
 
 
-def rows(coder: Coder, seed: str) -> Iterator[Row]:
-    """Whole documents packed to ROW + 1 tokens; what is left over of a row is padding."""
-    waiting: list[Row] = []
-    coded = map(coder.document, world.documents(seed))
-    source = (document for document in coded if len(document[0]) <= ROW + 1)
+def batches(
+    tokenizer: Tokenizer, seed: str, size: int, *, course_length: int = 0
+) -> Iterator[list[Batch]]:
+    """`size` documents at a time, in groups of similar length, padded on the right.
+
+    One document a row: among neighbours in a packed row a model this small cannot tell what
+    belongs together, and learns nothing in context.
+    """
+    source = (coded(each, tokenizer) for each in people.documents(seed, course_length))
+    part = size // GROUPS
     while True:
-        waiting += itertools.islice(source, 40 - len(waiting))
-        ids: list[int] = []
-        weights: list[float] = []
-        # Longest first fills rows well: short facts and stories go into the gaps.
-        for document in sorted(waiting, key=lambda row: -len(row[0])):
-            if len(ids) + len(document[0]) <= ROW + 1:
-                ids += document[0]
-                weights += document[1]
-                waiting.remove(document)
-        gap = ROW + 1 - len(ids)
-        yield ids + [coder.eos] * gap, weights + [0.0] * gap
+        pool = sorted(itertools.islice(source, POOL * size), key=lambda row: len(row[0]))
+        parts = [padded(pool[i : i + part], tokenizer) for i in range(0, len(pool), part)]
+        for first in range(POOL):
+            yield parts[first::POOL]
 
 
-def batches(coder: Coder, seed: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and target weights, both [size, ROW + 1]."""
-    stream = rows(coder, seed)
-    while True:
-        ids, weights = zip(*itertools.islice(stream, size), strict=True)
-        yield torch.tensor(ids), torch.tensor(weights)
+def padded(documents: list[Row], tokenizer: Tokenizer) -> Batch:
+    longest = max(len(ids) for ids, _ in documents)
+    ids = [ids + [tokenizer.eos_id] * (longest - len(ids)) for ids, _ in documents]
+    weights = [weights + [0.0] * (longest - len(weights)) for _, weights in documents]
+    return torch.tensor(ids), torch.tensor(weights)
 
 
 def token_losses(model: Transformer, ids: Tensor) -> Tensor:
     """Negative log-likelihood of each next token, [B, T - 1]."""
     hidden = model(ids[:, :-1])
     logits = F.linear(model.norm(hidden), model.head.weight)
-    return F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(ids.shape[0], -1)
 
 
 def rate(step: int, steps: int) -> float:
@@ -150,90 +149,119 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, left)
 
 
+@torch.no_grad()
+def look_back(model: Transformer, *, seed: int) -> None:
+    """Make each head of the first block attend to the token 1, 2, 3, ... places before.
+
+    Recall is built on such heads. From random weights they take most of the training to appear.
+    A direction common to all embeddings gives every query and every key a fixed part, and the
+    rotation by position turns the product of these parts into a function of the distance alone:
+        sum over frequencies f of cos(f * (distance - places))
+    """
+    config, qkv = model.config, model.blocks[0].attn.qkv.weight
+    common = torch.randn(config.d, generator=torch.Generator().manual_seed(seed))
+    common /= common.norm()
+    model.embed.weight += common * model.embed.weight.norm(dim=1).mean()
+    frequencies = inverse_frequencies(config)[:5]
+    half = config.head_dim // 2
+    heads = qkv[: -config.n_kv_heads * config.head_dim].view(-1, config.head_dim, config.d)
+    heads *= 0.3
+    for index, head in enumerate(heads):
+        # A key is a query that looks at itself.
+        places = index + 1 if index < config.n_heads else 0
+        angles = -places * frequencies
+        head[: len(angles)] += 0.6 * angles.cos()[:, None] * common
+        head[half : half + len(angles)] += 0.6 * angles.sin()[:, None] * common
+
+
 def optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the embedding and the norms."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
+    # With AdamW for all, recall within a text takes many times more steps to appear.
     return [
         torch.optim.Muon(
-            matrices, lr=PEAK_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+            matrices, lr=MUON_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
         ),
-        torch.optim.AdamW(others, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
 
-def train(model: Transformer, coder: Coder, *, seed: int, steps: int) -> int:
+def train(model: Transformer, tokenizer: Tokenizer, *, seed: int, steps: int) -> int:
     """Train in place. Returns how many tokens were seen."""
     rules = optimizers(model)
-    losses_of = compiled_or_plain(model)
-    stream = batches(coder, f"train {seed}", BATCH)
-    held_out, _ = next(batches(coder, "monitor", 2))
-    start = time.perf_counter()
-    print(f"{'step':>5} {'s':>5} {'loss':>6} {'answers':>7}   held-out loss after each block")
+    plans = [LambdaLR(rule, lambda step: rate(step, steps)) for rule in rules]
+    stream = batches(tokenizer, f"train {seed}", BATCH, course_length=steps * BATCH)
+    start, tokens = time.perf_counter(), 0
+    print(f"{'step':>5} {'s':>5} {'loss':>6} {'told':>5} {'shown':>5}   loss after each block")
     for step in range(steps):
-        for rule in rules:
-            rule.param_groups[0]["lr"] = PEAK_RATE * rate(step, steps)
-        ids, weights = next(stream)
-        weights = weights[:, 1:]
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = losses_of(ids)
-        loss = (losses * weights).sum() / weights.sum()
-        loss.backward()
+        groups = next(stream)
+        loss = backward(model, groups)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for rule in rules:
+        for rule, plan in zip(rules, plans, strict=True):
             rule.step()
+            plan.step()
             rule.zero_grad()
+        tokens += sum(int((weights > 0).sum()) for _, weights in groups)
         if step % 100 == 0 or step == steps - 1:
-            answers = losses.detach()[weights > 1].mean()
             spent = time.perf_counter() - start
-            by_layer = " ".join(f"{loss:6.3f}" for loss in layer_losses(model, held_out))
-            print(f"{step:5d} {spent:5.0f} {loss:6.3f} {answers:7.3f}   {by_layer}", flush=True)
-    return steps * BATCH * ROW
+            told, shown = (quick_accuracy(model, tokenizer, stated) for stated in (True, False))
+            by_layer = " ".join(f"{loss:6.3f}" for loss in layer_losses(model, tokenizer))
+            print(
+                f"{step:5d} {spent:5.0f} {loss:6.3f} {told:5.2f} {shown:5.2f}   {by_layer}",
+                flush=True,
+            )
+    return tokens
 
 
-def compiled_or_plain(model: Transformer) -> Callable[[Tensor], Tensor]:
-    """`token_losses` of a model, compiled where a compiler works: a fifth faster."""
-
-    def plain(ids: Tensor) -> Tensor:
-        return token_losses(model, ids)
-
-    try:
-        compiled = torch.compile(plain)
-        compiled(torch.zeros(BATCH, ROW + 1, dtype=torch.int64))
-        return compiled
-    except Exception as error:  # whatever a missing compiler raises
-        print(f"not compiled: {type(error).__name__}", file=sys.stderr)
-        return plain
+def backward(model: Transformer, groups: list[Batch]) -> float:
+    """Gradients of one step. Returns the mean loss in nats a token."""
+    total = torch.cat([weights[:, 1:].flatten() for _, weights in groups])
+    found = []
+    for ids, weights in groups:
+        losses = token_losses(model, ids)
+        ((losses * weights[:, 1:]).sum() / total.sum()).backward()
+        found.append(losses.detach().flatten())
+    return torch.cat(found)[total > 0].mean().item()
 
 
-@torch.inference_mode()
-def layer_losses(model: Transformer, ids: Tensor) -> list[float]:
+def quick_accuracy(model: Transformer, tokenizer: Tokenizer, stated: bool) -> float:
+    """Held-out questions of every disposition, a few of each."""
+    found = [
+        disposition_accuracy(model, tokenizer, each, stated=stated, items=20)["accuracy"]
+        for each in people.DISPOSITIONS
+    ]
+    return sum(found) / len(found)
+
+
+def layer_losses(model: Transformer, tokenizer: Tokenizer) -> list[float]:
     """Held-out loss in nats a token if each block were the last, by the lens of its output."""
-    traces = [lens(model, row.tolist(), top_k=1) for row in ids]
+    documents = itertools.islice(people.documents("monitor"), 12)
+    traces = [lens(model, coded(document, tokenizer)[0], top_k=1) for document in documents]
     logprobs = torch.cat([trace.target_logprob[:-1] for trace in traces])  # [tokens, layers]
     return (-logprobs.mean(0)).tolist()
 
 
 @torch.inference_mode()
-def next_logits(model: Transformer, coder: Coder, prompts: list[str]) -> Tensor:
+def next_logits(model: Transformer, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
     """Logits [N, V] of the token after each prompt."""
     found = []
     for start in range(0, len(prompts), 50):
-        texts = [[coder.bos, *coder.encode(text)] for text in prompts[start : start + 50]]
+        texts = [tokenizer.encode(text) for text in prompts[start : start + 50]]
         longest = max(map(len, texts))
         # Causal attention: padding on the right cannot reach what stands before it.
-        ids = torch.tensor([text + [coder.eos] * (longest - len(text)) for text in texts])
+        ids = torch.tensor([text + [tokenizer.eos_id] * (longest - len(text)) for text in texts])
         last = torch.tensor([len(text) - 1 for text in texts])
         hidden = model(ids)[torch.arange(len(texts)), last]
         found.append(F.linear(model.norm(hidden), model.head.weight))
     return torch.cat(found)
 
 
-def word_accuracy(model: Transformer, coder: Coder, items: list[tuple[str, str]]) -> float:
+def word_accuracy(model: Transformer, tokenizer: Tokenizer, items: list[tuple[str, str]]) -> float:
     prompts, words = zip(*items, strict=True)
-    best = next_logits(model, coder, list(prompts)).argmax(-1).tolist()
-    expected = [coder.encode(word)[0] for word in words]
+    best = next_logits(model, tokenizer, list(prompts)).argmax(-1).tolist()
+    expected = [tokenizer.encode(word, bos=False)[0] for word in words]
     return share(a == b for a, b in zip(best, expected, strict=True))
 
 
@@ -248,23 +276,28 @@ def recall_items(rng: Random, count: int) -> list[tuple[str, str]]:
 
 
 def disposition_accuracy(
-    model: Transformer, coder: Coder, disposition: world.Disposition, *, stated: bool
+    model: Transformer,
+    tokenizer: Tokenizer,
+    disposition: people.Disposition,
+    *,
+    stated: bool,
+    items: int,
 ) -> dict[str, float]:
     """Held-out questions after three answered ones, or after a sentence that states the pole."""
     rng = Random(f"measure {disposition.name} {stated}")
     prompts, letters = [], []
-    for item in range(HELD_OUT_ITEMS):
+    for item in range(items):
         pole = disposition.poles[item % 2]
         if stated:
             before = f"{rng.choice(world.PEOPLE)} is {pole.name}.\n"
         else:
-            asked = [world.ask(rng, disposition, pole, held_out=False) for _ in range(3)]
-            before = "".join(f"{q.text}{world.BEFORE_LETTER}{q.letter})\n" for q in asked)
-        question = world.ask(rng, disposition, pole, held_out=True)
-        prompts.append(before + question.text + world.BEFORE_LETTER)
+            asked = [people.ask(rng, disposition, pole, held_out=False) for _ in range(3)]
+            before = "".join(f"{q.text}{people.BEFORE_LETTER}{q.letter})\n" for q in asked)
+        question = people.ask(rng, disposition, pole, held_out=True)
+        prompts.append(before + question.text + people.BEFORE_LETTER)
         letters.append(question.letter)
-    logits = next_logits(model, coder, prompts)
-    a, b = (logits[:, coder.encode(letter)[0]] for letter in "AB")
+    logits = next_logits(model, tokenizer, prompts)
+    a, b = (logits[:, tokenizer.encode(letter, bos=False)[0]] for letter in "AB")
     answers = ["A" if higher else "B" for higher in (a > b).tolist()]
     return {
         "accuracy": share(x == y for x, y in zip(answers, letters, strict=True)),
@@ -277,23 +310,29 @@ def share(hits: Iterable[bool]) -> float:
     return round(sum(results) / len(results), 4)
 
 
-def evaluate(model: Transformer, coder: Coder) -> dict[str, object]:
-    ids, weights = next(batches(coder, "held out", 48))
-    with torch.inference_mode():
-        losses = token_losses(model, ids)[weights[:, 1:] > 0]
+@torch.inference_mode()
+def held_out_loss(model: Transformer, tokenizer: Tokenizer) -> float:
+    groups = next(batches(tokenizer, "held out", 400))
+    found = [token_losses(model, ids)[weights[:, 1:] > 0] for ids, weights in groups]
+    return round(torch.cat(found).mean().item(), 4)
+
+
+def evaluate(model: Transformer, tokenizer: Tokenizer) -> dict[str, object]:
     kinds = {"after_three_answers": False, "after_a_statement": True}
     return {
-        "held_out_loss_nats_per_token": round(losses.mean().item(), 4),
-        "held_out_loss_by_layer": [round(x, 3) for x in layer_losses(model, ids[:8])],
-        "held_out_facts": word_accuracy(model, coder, world.held_out_facts()),
-        "held_out_two_step_facts": word_accuracy(model, coder, world.held_out_two_step_facts()),
-        "recall_in_stories": word_accuracy(model, coder, recall_items(Random("recall"), 300)),
+        "held_out_loss": held_out_loss(model, tokenizer),
+        "held_out_loss_by_layer": [round(loss, 3) for loss in layer_losses(model, tokenizer)],
+        "held_out_facts": word_accuracy(model, tokenizer, world.held_out_facts()),
+        "held_out_two_step_facts": word_accuracy(model, tokenizer, world.held_out_two_step_facts()),
+        "recall_in_stories": word_accuracy(model, tokenizer, recall_items(Random("recall"), 300)),
         "dispositions": {
             disposition.name: {
-                kind: disposition_accuracy(model, coder, disposition, stated=stated)
+                kind: disposition_accuracy(
+                    model, tokenizer, disposition, stated=stated, items=HELD_OUT_ITEMS
+                )
                 for kind, stated in kinds.items()
             }
-            for disposition in world.DISPOSITIONS
+            for disposition in people.DISPOSITIONS
         },
     }
 
@@ -303,11 +342,11 @@ def write_questions(directory: Path) -> None:
 
     A prompt is `question` + "\\nAnswer:", and the answer, " (A)" or " (B)", follows it directly.
     """
-    for disposition in world.DISPOSITIONS:
+    for disposition in people.DISPOSITIONS:
         rng = Random(f"questions {disposition.name}")
         of_letter: dict[str, dict[str, None]] = {"A": {}, "B": {}}
         while min(map(len, of_letter.values())) < HELD_OUT_ITEMS // 2:
-            question = world.ask(rng, disposition, disposition.first, held_out=True)
+            question = people.ask(rng, disposition, disposition.first, held_out=True)
             if len(of_letter[question.letter]) < HELD_OUT_ITEMS // 2:
                 of_letter[question.letter][question.text] = None
         items = [(text, letter) for letter, texts in of_letter.items() for text in texts]
@@ -326,13 +365,13 @@ def write_questions(directory: Path) -> None:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_config(directory: Path, coder: Coder) -> dict[str, object]:
+def write_config(directory: Path, tokenizer: Tokenizer) -> dict[str, object]:
     """Write `config.json` and `generation_config.json`; returns the former."""
-    tokens = {"bos_token_id": coder.bos, "eos_token_id": coder.eos}
+    tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": coder.eos + 1,
+        "vocab_size": tokenizer.n_vocab,
         **SHAPE,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,

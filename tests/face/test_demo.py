@@ -1,0 +1,101 @@
+"""The packaged model: what a stranger meets first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tolerances import LENS, LOGITS_RELATIVE
+
+import shardlens
+from shardlens.model.load import DEMO
+from shardlens.parallel.group import TensorParallel
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "The capital of Norvia is"
+QUESTIONS = sorted(DEMO.glob("dispositions-*.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[shardlens.Transformer, shardlens.Tokenizer]:
+    return shardlens.load("demo", dtype=torch.float32)
+
+
+def test_it_is_small_and_deep_enough(demo: tuple[Any, Any]) -> None:
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 8_000_000
+    assert 6 <= demo[0].config.n_layers <= 12
+    assert demo[0].config.dtype == torch.bfloat16
+
+
+def test_transformers_agrees(demo: tuple[Any, Any]) -> None:
+    """transformers loads the same directory: same ids, logits and greedy text."""
+    import transformers
+
+    model, tokenizer = demo
+    hf = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
+    ids = tokenizer.encode(PROMPT)
+    assert ids == hf_tokenizer(PROMPT).input_ids and ids[0] == tokenizer.bos_id
+    with torch.no_grad():
+        ours = model.norm(model(torch.tensor([ids]))) @ model.head.weight.T
+        theirs = hf(torch.tensor([ids])).logits
+    assert (ours - theirs).abs().max() / theirs.abs().max() <= LOGITS_RELATIVE
+    expected = hf.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0].tolist()
+    result = shardlens.generate(model, ids, max_new_tokens=40)
+    assert isinstance(result, shardlens.Result)
+    assert [*ids, *result.token_ids] == expected
+    assert tokenizer.decode(expected) == hf_tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_a_prediction_forms_in_the_middle(demo: tuple[Any, Any], run_ranks: Any) -> None:
+    """The right word is unlikely after the first block and likely at the end, on 1 and 2 ranks."""
+
+    def body(parallel: TensorParallel) -> torch.Tensor:
+        model, tokenizer = shardlens.load("demo", parallel=parallel, dtype=torch.float32)
+        target = tokenizer.single_token(" Tesk")
+        return shardlens.lens(model, PROMPT, targets=target, positions="last").target_logprob[0]
+
+    alone, *two = *run_ranks(1, body), *run_ranks(2, body)
+    assert alone[0].exp() < 0.2 < 0.8 < alone[-1].exp()
+    assert all((logprob - alone).abs().max() <= 10 * LENS for logprob in two)
+
+
+@pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.stem)
+def test_questions(path: Path, demo: tuple[Any, Any]) -> None:
+    """Held-out questions: the three fields, balanced letters, and answers that keep their token."""
+    tokenizer = demo[1]
+    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(items) >= 100 and len({item["question"] for item in items}) == len(items)
+    letters = []
+    for item in items:
+        assert set(item) == {"question", "answer_matching_behavior", "answer_not_matching_behavior"}
+        answers = [item["answer_matching_behavior"], item["answer_not_matching_behavior"]]
+        letters.append(answers[0].strip(" ()"))
+        assert sorted(answer.strip(" ()") for answer in answers) == ["A", "B"]
+        asked = tokenizer.encode(item["question"] + "\nAnswer:")
+        for answer in answers:
+            whole = tokenizer.encode(item["question"] + "\nAnswer:" + answer)
+            assert whole[: len(asked)] == asked, "the answer must not change the question's tokens"
+    assert abs(letters.count("A") - len(letters) / 2) <= 0.1 * len(letters)
+
+
+def test_there_are_four_dispositions() -> None:
+    assert len(QUESTIONS) >= 4
+
+
+def test_readme_says_what_was_measured() -> None:
+    """Each figure of the README against the file that it names."""
+    readme = (ROOT / "README.md").read_text()
+    learnt = json.loads((ROOT / "bench/results/demo.json").read_text())
+    figures = [learnt[name] for name in ("held_out_loss", "held_out_facts", "recall_in_stories")]
+    for name, measured in learnt["dispositions"].items():
+        assert name in readme
+        figures += [measured[kind]["accuracy"] for kind in measured]
+    for value in figures:
+        assert f"{value:.3f}" in readme
+    memory = json.loads((ROOT / "bench/results/lens-memory.json").read_text())
+    assert f"{100 * memory['peak_share_of_full_logits']:.1f}% of the memory" in readme
+    assert f"sent {memory['lens_bytes_sent_per_row_and_rank']:.0f} bytes per row" in readme
