@@ -55,15 +55,22 @@ run() {
     return "$status"
 }
 
+# Runs a command on 2 ranks and shows it as a user would type it.
 show() {
-    echo
-    echo "\$ ./launch.sh -n 2 $(printf '%q ' "$@")"
+    local word line="\$ ./launch.sh -n 2"
+    for word in "$@"; do
+        if [[ $word == *" "* ]]; then word="\"$word\""; fi
+        line+=" $word"
+    done
+    printf '\n%s\n' "$line"
     run 2 "$@"
 }
 
 demo() {
-    show generate demo --prompt "Once upon a time" --max-new-tokens 48
-    show lens demo --prompt "Once upon a time" --max-new-tokens 12
+    show generate demo --prompt "Anna is cautious." --max-new-tokens 80
+    show lens demo --prompt "The capital of Norvia is" --max-new-tokens 2
+    show lens demo --max-new-tokens 3 --positions generated --prompt \
+        "Mira puts the ring in the drawer. Hugo puts the key in the barn. Later Mira looks for the"
 }
 
 # Type checkers cannot see through the package-dir mapping: they are shown links laid as packages.

@@ -10,7 +10,7 @@ import sys
 import shardlens
 
 source = sys.argv[1] if len(sys.argv) > 1 else "demo"
-prompt = sys.argv[2] if len(sys.argv) > 2 else "Once upon a time"
+prompt = sys.argv[2] if len(sys.argv) > 2 else "The capital of Norvia is"
 
 parallel = shardlens.TensorParallel.from_env()
 model, tokenizer = shardlens.load(source, parallel=parallel)

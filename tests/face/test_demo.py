@@ -90,7 +90,9 @@ def test_readme_says_what_was_measured() -> None:
     """Each figure of the README against the file that it names."""
     readme = (ROOT / "README.md").read_text()
     learnt = json.loads((ROOT / "bench/results/demo.json").read_text())
-    figures = [learnt[name] for name in ("held_out_loss", "held_out_facts", "recall_in_stories")]
+    accuracies = ("held_out_facts", "held_out_two_step_facts", "recall_in_stories")
+    figures = [learnt[name] for name in ("held_out_loss", *accuracies)]
+    assert f"{learnt['minutes']} minutes" in readme and f"{learnt['parameters']:,}" in readme
     for name, measured in learnt["dispositions"].items():
         assert name in readme
         figures += [measured[kind]["accuracy"] for kind in measured]
