@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from .output import replacing, write_json
 from .show import tap_label, visible
 from .trace import Trace
+
+# A picture of more positions than this has no room for their tokens.
+PNG_POSITIONS = 60
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>
@@ -102,36 +109,36 @@ def _png(trace: Trace, path: Path) -> None:
     from matplotlib.figure import Figure
 
     n_positions, n_taps = len(trace.positions), len(trace.taps)
-    figure = Figure(figsize=(2 + 0.8 * n_positions, 1 + 0.32 * n_taps), layout="constrained")
+    width = min(n_positions, PNG_POSITIONS)
+    figure = Figure(figsize=(2 + 0.8 * width, 1 + 0.32 * n_taps), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    probabilities = trace.logprobs[:, :, 0].exp()  # [T, P]
     image = axes.imshow(
-        trace.logprobs[:, :, 0].exp().T.numpy(),
-        aspect="auto",
-        origin="lower",
-        cmap="Greens",
-        vmin=0,
-        vmax=1,
+        probabilities.T.numpy(), aspect="auto", origin="lower", cmap="Greens", vmin=0, vmax=1
     )
-    for at in range(n_positions):
-        for tap in range(n_taps):
-            sure = float(trace.logprobs[at, tap, 0].exp())
-            text = visible(trace.text_of(int(trace.token_ids[at, tap, 0])))
-            axes.text(
-                at,
-                tap,
-                text.replace("$", r"\$"),
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if sure > 0.6 else "black",
-            )
-    tokens = [visible(trace.token_at(p)).replace("$", r"\$") for p in trace.positions.tolist()]
-    axes.set_xticks(range(n_positions), tokens, rotation=45, ha="right")
     axes.set_yticks(range(n_taps), [tap_label(trace.taps, tap) for tap in range(n_taps)])
-    figure.colorbar(image, label="probability of the likeliest next token")
+    if n_positions <= PNG_POSITIONS:
+        _png_texts(trace, axes, probabilities)
+    else:
+        axes.set_xlabel("position")
+    figure.colorbar(image, label="probability")
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
+
+
+def _png_texts(trace: Trace, axes: Any, probabilities: Tensor) -> None:
+    """Name each cell's likeliest token, and the token at each position."""
+
+    def escaped(token: str) -> str:
+        return visible(token).replace("$", r"\$")
+
+    for at, tap in itertools.product(*map(range, probabilities.shape)):
+        text = escaped(trace.text_of(int(trace.token_ids[at, tap, 0])))
+        color = "white" if probabilities[at, tap] > 0.6 else "black"
+        axes.text(at, tap, text, ha="center", va="center", fontsize=7, color=color)
+    tokens = [escaped(trace.token_at(position)) for position in trace.positions.tolist()]
+    axes.set_xticks(range(len(tokens)), tokens, rotation=45, ha="right")
 
 
 def _parquet(trace: Trace, path: Path) -> None:

@@ -142,6 +142,9 @@ def test_trace_files(stories: Path, tmp_path: Path) -> None:
     )
     assert "·Lily" in (tmp_path / "trace.html").read_text()
     assert (tmp_path / "trace.png").read_bytes()[1:4] == b"PNG"
+    long = shardlens.lens(model, [1] + [5] * 400, layers="-1")
+    long.save(tmp_path / "long.png")  # more positions than a picture has room to name
+    assert (tmp_path / "long.png").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"trace\.csv: a trace is written as \.json"):
         trace.save(tmp_path / "trace.csv")
     assert not (tmp_path / "trace.csv").exists()
