@@ -100,7 +100,7 @@ def _parse_ranges(text: str, n_layers: int) -> list[int]:
             first, last = (number % n_layers if number < 0 else number for number in (first, last))
             if last < first:
                 raise ValueError(f"layers {part.strip()} runs backwards")
-        numbers += range(first, last + 1) if last - first < 10**6 else [first, last]
+        numbers += range(first, last + 1) if last < n_layers else [last]
     return numbers
 
 

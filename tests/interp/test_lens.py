@@ -238,7 +238,9 @@ def test_layers(layers: Any, expected: list[int]) -> None:
     assert lens_module.parse_layers(layers, 4) == expected
 
 
-@pytest.mark.parametrize("layers", ["99", "-5", "a", "", "2-1", "0-4", [4], "1,,2", []])
+@pytest.mark.parametrize(
+    "layers", ["99", "0-99", "98-99", "-5", "a", "", "2-1", "0-4", [4], "1,,2", []]
+)
 def test_layers_refused(layers: Any) -> None:
     with pytest.raises(ValueError, match=r"layer"):
         lens_module.parse_layers(layers, 4)
