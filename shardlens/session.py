@@ -105,10 +105,11 @@ def _check_outputs(arguments: argparse.Namespace, parallel: TensorParallel) -> N
 def progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, where that is a terminal, fed by the function it gives: (done, total)."""
     console = Console(stderr=True)
+    if not (shown and console.is_terminal):
+        yield lambda done, total: None
+        return
     columns = (TextColumn(label), BarColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
-    ) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
