@@ -11,6 +11,7 @@ import torch
 from tolerances import LENS, LOGITS_RELATIVE
 
 import shardlens
+from shardlens.model.capture import Capture, Tap
 from shardlens.model.load import DEMO
 from shardlens.parallel.group import TensorParallel
 
@@ -80,6 +81,55 @@ def test_questions(path: Path, demo: tuple[Any, Any]) -> None:
             whole = tokenizer.encode(item["question"] + "\nAnswer:" + answer)
             assert whole[: len(asked)] == asked, "the answer must not change the question's tokens"
     assert abs(letters.count("A") - len(letters) / 2) <= 0.1 * len(letters)
+
+
+@pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.stem)
+def test_a_disposition_is_a_direction(path: Path, demo: tuple[Any, Any]) -> None:
+    """What a statement of the pole changes before a letter flips the letters of other questions.
+
+    The vector is the mean difference at the last token of block 2, "… is cautious" against
+    "… is bold"; added once and taken away once on questions without a statement, it must move the
+    letter as told, and more than random vectors of its norm.
+    """
+    model, tokenizer = demo
+    first, second = path.stem.removeprefix("dispositions-").split("-")
+    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    place = Tap(2, "resid_post")
+    a, b = (tokenizer.encode(letter, bos=False)[0] for letter in "AB")
+
+    def ids_of(text: str) -> torch.Tensor:
+        return torch.tensor([tokenizer.encode(f"{text}\nAnswer: (")])
+
+    @torch.no_grad()
+    def state(text: str) -> torch.Tensor:
+        ids = ids_of(text)
+        last = torch.tensor([ids.shape[1] - 1])
+        capture = Capture((place,), last, model.config.d, dtype=model.dtype)
+        model(ids, capture=capture)
+        return capture.states[0, 0]
+
+    @torch.no_grad()
+    def preference(item: dict[str, str], vector: torch.Tensor) -> float:
+        def add(layer: int, point: str, x: torch.Tensor) -> None:
+            if (layer, point) == place:
+                x[:, -1] += vector
+
+        hidden = model(ids_of(item["question"]), capture=add)[0, -1]
+        logits = model.norm(hidden) @ model.head.weight.T
+        sign = 1 if "A" in item["answer_matching_behavior"] else -1
+        return sign * float(logits[a] - logits[b])
+
+    stated = [f"{{}} is {{}}.\n{item['question']}" for item in items[:30]]
+    contrast = [state(q.format("Anna", first)) - state(q.format("Anna", second)) for q in stated]
+    vector = torch.stack(contrast).mean(0)
+    noise = torch.nn.functional.normalize(torch.randn(10, model.config.d), dim=-1)
+
+    def moves(v: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([preference(x, v) - preference(x, -v) for x in items[30:60]])
+
+    assert (moves(vector) > 0).float().mean() >= 0.9
+    random = torch.stack([moves(v * vector.norm()).mean().abs() for v in noise])
+    assert moves(vector).mean() > 4 * random.mean()
 
 
 def test_there_are_four_dispositions() -> None:
