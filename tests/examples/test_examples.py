@@ -1,0 +1,39 @@
+"""The examples run as their heads say, and training is reproducible."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shardlens
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(name: str, *words: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_read_a_prediction() -> None:
+    lines = run("read_a_prediction.py").splitlines()
+    assert len(lines) == 7 and "' Tesk'" in lines[-1] and "KL to the output 0.00" in lines[-1]
+
+
+@pytest.mark.slow
+def test_training_is_reproducible(tmp_path: Path) -> None:
+    """Two steps twice: the same weights to the bit, and a directory that loads."""
+    for name in ("one", "two"):
+        out, metrics = tmp_path / name, tmp_path / f"{name}.json"
+        table = run("train_demo.py", "--steps", "2", "--out", str(out), "--metrics", str(metrics))
+        assert "loss after each block" in table
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert len(json.loads((tmp_path / "one.json").read_text())["held_out_loss_by_layer"]) == 6
+    model, tokenizer = shardlens.load(tmp_path / "one")
+    assert model.config.vocab_size == tokenizer.n_vocab
