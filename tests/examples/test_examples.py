@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,14 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(name: str, *words: str) -> str:
+    """What an example prints, started as a user does: without the PYTHONSAFEPATH of launch.sh,
+    under which a script does not find the modules beside it.
+    """
     command = [sys.executable, str(EXAMPLES / name), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    environment = {key: os.environ[key] for key in os.environ if key != "PYTHONSAFEPATH"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 @pytest.mark.slow
