@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from .interp.lens import LensSpec
 from .interp.output import write_json
+from .model.generation import check_prompts
 from .model.sampling import Sampling
 from .run import Result, generate
 from .session import (
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     session = open_session(arguments)
     prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)
+    check_prompts(session.model, [prompt], arguments.max_new_tokens)
     session.console.print(f"[dim]{escape(arguments.prompt)}[/]", end="")
     printer = _Printer(session)
     result = generate(

@@ -119,8 +119,10 @@ def test_bad_input_is_one_line_and_exit_2(
     words, says = BAD[name]
     out = [] if "--json" in words or len(words) < 2 else ["--json", "out.json"]
     assert main([word.replace("MODEL", str(stories)) for word in words] + out) == 2
-    lines = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("shardlens: ") and says in lines[0]
+    assert printed.out == ""
     assert list(tmp_path.iterdir()) == [], "no file is left, whole or partial"
 
 
