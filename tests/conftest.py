@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
+if not torch.cuda.is_available():  # before a kernel's file is imported, which reads it
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.patch()
+
+from shardlens.kernels.switch import implementation
 from shardlens.parallel.group import TensorParallel
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -35,6 +43,19 @@ def stories(shared_data: Path) -> Path:
 def _one_thread() -> None:
     """The tensors of tests are too small to share between threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: a GPU, or the CPU in Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["triton", "reference"])
+def either(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs twice: on the kernels, and on their references."""
+    with implementation(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tolerances import KERNEL_EPS
 from torch import Tensor
 
 SMALL = dict(
@@ -100,3 +101,22 @@ def exact_lens(normed: Tensor, weight: Tensor) -> ExactLens:
         entropy=-(logprobs.exp() * logprobs).sum(-1),
         kl_to_final=(final.exp() * (final - logprobs)).sum(-1),
     )
+
+
+def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """|ours - truth| is at most |plain - truth| plus a tiny epsilon, in the largest and the mean.
+
+    plain: the same-dtype PyTorch expression; truth: float64. The epsilon is KERNEL_EPS float32
+    roundings, whatever the dtype, at the size of the row's largest value.
+    """
+    assert ours.shape == plain.shape == truth.shape and ours.dtype == plain.dtype
+    assert truth.isfinite().all() and ours.isfinite().all()
+    if not truth.numel():
+        return
+    error, allowed = (ours.double() - truth).abs(), (plain.double() - truth).abs()
+    # a row or tensor of large values must not excuse errors of a small one: scale by row
+    scale = truth.abs().amax(-1, keepdim=True)
+    slack = KERNEL_EPS * torch.finfo(torch.float32).eps * scale
+    over = error.amax(-1, keepdim=True) - allowed.amax(-1, keepdim=True) - slack
+    assert (over <= 0).all(), f"{over.max().item():.3g} beyond what is allowed"
+    assert error.mean() <= allowed.mean() + slack.mean()
