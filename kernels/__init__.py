@@ -1,7 +1,7 @@
 """The operations that decide speed and memory, one to a file; nothing here knows of ranks."""
 
 from .gumbel import gumbel_reference, philox_reference
-from .head_stats import HeadStats, Noise, Target, head_stats_reference
+from .head_stats_reference import HeadStats, Noise, Target, head_stats_reference
 from .rmsnorm import rmsnorm_reference
 from .rope import rope_angles_reference, rope_reference
 from .swiglu import swiglu_reference

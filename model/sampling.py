@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.gumbel import gumbel_reference
-from ..kernels.head_stats import Noise
+from ..kernels.head_stats_reference import Noise
 from ..parallel.vocab import VocabHead
 from ..parallel.winners import mass_above, reduce_head
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.head_stats import (
+from ..kernels.head_stats_reference import (
     HeadStats,
     Noise,
     Target,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import shardlens
 from shardlens.interp import lens as lens_module
-from shardlens.kernels import head_stats as head_module
+from shardlens.kernels import head_stats_reference as head_module
 from shardlens.model import load_weights
 from shardlens.model.capture import POINTS, Capture, Tap
 from shardlens.model.load import read_config

@@ -7,7 +7,7 @@ import torch
 from tolerances import LENS
 from torch import Tensor
 
-from shardlens.kernels.head_stats import (
+from shardlens.kernels.head_stats_reference import (
     HeadStats,
     Noise,
     Target,
