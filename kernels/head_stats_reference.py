@@ -25,9 +25,10 @@ from torch import Tensor
 
 from .gumbel import gumbel_reference
 
-ROW_BLOCK = 256
+# Logits of 2 MiB stay in the cache of a core's complex, and many rows share each block of W.
+ROW_BLOCK = 512
+VOCAB_BLOCK = 1024
 EPS = torch.finfo(torch.float32).eps
-VOCAB_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,28 @@ def head_stats_reference(
     for start in range(0, n_rows, block):
         rows = slice(start, min(n_rows, start + block))
         part = _RowBlock(_rows_of(out, rows), first_id, target, rows, group_size, noise)
+        own_x, own_scale = _operand(x[rows]), None if scale is None else scale[rows, None]
         for low in range(0, weight.shape[0], vocab_block):
-            z = float_logits(x[rows], weight[low : low + vocab_block])
-            part.add(z if scale is None else z.mul_(scale[rows, None]), low)
+            part.add(_scaled_logits(own_x, weight[low : low + vocab_block], own_scale), low)
     return out
+
+
+def _operand(x: Tensor) -> Tensor:
+    """Rows as `float_logits` multiplies them, converted once instead of once a block of ids."""
+    return x if x.is_cuda else x.float()
+
+
+def _scaled_logits(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    z = float_logits(x, weight)
+    return z if scale is None else z.mul_(scale)
 
 
 def float_logits(x: Tensor, weight: Tensor) -> Tensor:
     """x [R, d] · weight [C, d]ᵀ with float32 sums and a float32 result [R, C].
 
-    Half-precision products rounded to half precision would tie and re-order the winners.
+    Half-precision products rounded to half precision would tie and re-order the winners. On CPU
+    no torch operator multiplies bf16 into float32, and oneDNN's own rounding to bf16 is a flag
+    of the whole process, so W is converted block by block: 1 / R of the product's work.
     """
     if x.dtype == torch.float32 and weight.dtype == torch.float32:
         return x @ weight.T
@@ -166,19 +179,31 @@ class _RowBlock:
 
         z is overwritten.
         """
-        stats, first_id = self.stats, self.first_id + low
-        values, columns = _block_best(z, min(stats.values.shape[1], z.shape[1]))
-        _keep_best((stats.values, stats.ids), (values, columns + first_id))
+        first_id, block_max = self.first_id + low, z.amax(-1)
+        self._winners(z, block_max, first_id)
         if self.target is not None:
-            stats.above += _count_above(z, first_id, self.target)
+            self.stats.above += _count_above(z, first_id, self.target)
         if self.noise is not None:
             self._sample(z[: self.noise.seed.shape[0]], first_id)
-        self._sums(z)
+        self._sums(z, block_max)
 
-    def _sums(self, z: Tensor) -> None:
+    def _winners(self, z: Tensor, block_max: Tensor, first_id: int) -> None:
+        """Update the top-k of the rows that this block changes: soon few, as the winners rise.
+
+        A block that only ties with the last winner does not: its ids are higher.
+        """
+        values, ids = self.stats.values, self.stats.ids
+        rows = (~(block_max[:, None] <= values[:, -1:]).all(-1)).nonzero()[:, 0]
+        if rows.numel():
+            new_values, columns = _block_best(z[rows], min(values.shape[1], z.shape[1]))
+            best = values[rows], ids[rows]
+            _keep_best(best, (new_values, columns + first_id))
+            values[rows], ids[rows] = best
+
+    def _sums(self, z: Tensor, block_max: Tensor) -> None:
         """Rescale what was summed to the new maximum, then add the block's share."""
         stats = self.stats
-        new_max = torch.maximum(stats.max, z.amax(-1))
+        new_max = torch.maximum(stats.max, block_max)
         shift = stats.max - new_max
         old_exp, scale = stats.sum_exp, shift.exp()
         # an empty state has max -inf: 0 * -inf would be NaN
@@ -224,8 +249,8 @@ def _count_above(z: Tensor, first_id: int, target: Target) -> Tensor:
 def _keep_best(best: tuple[Tensor, ...], block: tuple[Tensor, ...]) -> None:
     """Merge a block's winners [r, k'] into the running ones [r, k], in place.
 
-    The first tensor of each tuple orders the rest. Blocks come in the order of their ids, so a
-    stable sort leaves the lower id first where values tie.
+    The first tensor of each tuple orders the rest. A block's winners stand in the order of their
+    ids, and blocks come in it too, so a stable sort leaves the lower id first where values tie.
     """
     k = best[0].shape[1]
     _, order = _sorted_descending(torch.cat((best[0], block[0]), -1))
@@ -239,9 +264,8 @@ def _sorted_descending(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _block_best(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each row [r, C] by value, ties by the lower column: (values, columns)."""
-    _, columns = z.topk(min(k + 1, z.shape[1]), dim=-1)
-    values = z.gather(1, columns)
+    """The k best of each row [r, C], ties to the lower column: (values, columns), by column."""
+    values, columns = z.topk(min(k + 1, z.shape[1]), dim=-1)
     if columns.shape[1] > k:
         # topk breaks ties at will; it matters only where the last winner ties with the next
         tied = (values[:, k] == values[:, k - 1]).nonzero()[:, 0]
@@ -249,8 +273,7 @@ def _block_best(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if tied.numel():
             columns[tied] = _sorted_descending(z[tied])[1][:, :k]
     columns = columns.sort(-1).values
-    values, order = _sorted_descending(z.gather(1, columns))
-    return values, columns.gather(1, order)
+    return z.gather(1, columns), columns
 
 
 def target_logits_reference(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .language import triton
+
 TIMED_RUNS = 5
 
 
@@ -113,3 +115,15 @@ def pretending(chip: Chip, on_launch: OnLaunch) -> Iterator[None]:
         yield
     finally:
         _pretended = before
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., n] as [R, n] with adjacent columns: a view wherever strides allow."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def block_and_warps(d: int, most_warps: int) -> dict[str, int]:
+    """For kernels that hold one row of d numbers a program: 16 a thread where warps allow."""
+    block = triton.next_power_of_2(d)
+    return {"BLOCK": block, "num_warps": max(1, min(most_warps, block // 512))}

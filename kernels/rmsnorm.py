@@ -13,6 +13,7 @@ from torch import Tensor
 
 
 def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32 = x.float()
-    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+    """x [..., d] -> [..., d] in its dtype; float64 stays float64 inside."""
+    x_wide = x if x.dtype == torch.float64 else x.float()
+    normed = x_wide * torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * normed.to(x.dtype)).to(x.dtype)

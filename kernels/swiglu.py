@@ -1,7 +1,7 @@
 """Gated activation of the MLP (Shazeer, arXiv 2002.05202), on the fused projection.
 
-    y = silu(g) · u,  silu(g) = g · σ(g)                 gate_up [R, 2f] = (g, u), y [R, f]
-    dg = dy · u · σ(g) · (1 + g · (1 - σ(g)))            du = dy · silu(g)
+    y = silu(g) · u,  silu(g) = g · s(g), s: sigmoid     gate_up [R, 2f] = (g, u), y [R, f]
+    dg = dy · u · s(g) · (1 + g · (1 - s(g)))            du = dy · silu(g)
 
 Reads 2f and writes f numbers a row (backward: reads 3f, writes 2f), which bounds its speed.
 Arithmetic is float32, rounded once.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .language import tl, triton
-from .launch import launch
+from .launch import launch, rows_of
 from .switch import through_op, use_triton
 
 BLOCK, WARPS = 1024, 4
@@ -61,16 +61,10 @@ def _swiglu_backward_kernel(dy, gate_up, d_gate_up, f, dy_stride, in_stride, BLO
     tl.store(out + f, d_up.to(d_gate_up.dtype.element_ty), mask=inside)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[..., n] as [R, n] with adjacent columns: a view wherever strides allow."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 def _forward(gate_up: Tensor) -> Tensor:
     if not use_triton(gate_up):
         return swiglu_reference(gate_up)
-    rows = _rows(gate_up)
+    rows = rows_of(gate_up)
     y = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     f = y.shape[-1]
     grid = (rows.shape[0], triton.cdiv(f, BLOCK))
@@ -93,7 +87,7 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     if not use_triton(gate_up):
         return swiglu_backward_reference(dy, gate_up)
     # autograd may hand over an expanded gradient, whose rows share memory
-    grads, rows = dy.contiguous().reshape(-1, dy.shape[-1]), _rows(gate_up)
+    grads, rows = dy.contiguous().reshape(-1, dy.shape[-1]), rows_of(gate_up)
     d_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     f = dy.shape[-1]
     launch(

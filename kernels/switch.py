@@ -60,13 +60,16 @@ def use_triton(x: Tensor) -> bool:
     return _chosen == "triton"
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+
+
 def through_op(*tensors: Tensor | None) -> bool:
     """Whether a call must go through its registered op, for autograd or a compiler to see it.
 
     Else the implementation is called directly: dispatching a custom op costs tens of
     microseconds of host time, more than many a decode kernel runs.
     """
-    return torch.compiler.is_compiling() or (
-        torch.is_grad_enabled()
-        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    )
+    return torch.compiler.is_compiling() or needs_gradient(*tensors)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import shardlens
 from shardlens.interp import lens as lens_module
-from shardlens.kernels import head_stats_reference as head_module
+from shardlens.kernels.head_stats_reference import head_stats_reference
 from shardlens.model import load_weights
 from shardlens.model.capture import POINTS, Capture, Tap
 from shardlens.model.load import read_config
@@ -124,9 +124,7 @@ def test_block_sizes_do_not_matter(
 ) -> None:
     usual = traced(checkpoint, TensorParallel.single(), targets=7)
     monkeypatch.setattr(lens_module, "DECODE_BLOCK", decode_block)
-    blocked = partial(
-        head_module.head_stats_reference, vocab_block=vocab_block, row_block=row_block
-    )
+    blocked = partial(head_stats_reference, vocab_block=vocab_block, row_block=row_block)
     monkeypatch.setattr(winners_module, "head_stats_reference", blocked)
     other = traced(checkpoint, TensorParallel.single(), targets=7)
     for name, value in vars(usual).items():

@@ -1,0 +1,288 @@
+"""Attention of one new token a request over a static cache, split along the cache (flash-decoding).
+
+    s = q · Kᵀ / sqrt(D)      out = softmax(s) · V          over positions 0 .. length - 1
+    split j holds m = max s, l = Σ exp(s - m), a = Σ exp(s - m) · v
+    out = Σ_j exp(m_j - M) a_j / Σ_j exp(m_j - M) l_j       M = max_j m_j
+
+B requests, H query and K key/value heads (G = H / K share one), S positions of capacity, D head
+size. q [B, H, D]; keys, values [B, K, S, D]; lengths [B] stay in device memory, so that a captured
+CUDA graph serves every length. The bound is reading each key and value once: 2 B K length D
+numbers. Every request is cut into as many equal parts, by its actual length: none is idle as long
+as there are positions. Weights go to the tensor cores as high + low parts of the cache's dtype,
+in rows of the product that would be padding (it has 16 at least), which keeps them to float32.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .language import tl, triton
+from .launch import Config, chip_of, choose, launch
+from .switch import through_op, use_triton
+
+MOST_SPLITS = 128
+LEAST_POSITIONS = 128  # a split of fewer does not pay for the second kernel
+TILE_BYTES = 16384  # of keys; values take as much again, and that times the stages
+MERGE_TILE, MERGE_WARPS = 4096, 4
+GOOD_FILL = 0.9
+LOG2_E = 1 / math.log(2)
+
+
+def decode_attention_reference(
+    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *, span: int | None = None
+) -> Tensor:
+    """What the cache holds beyond a length meets a weight of 0 and must be finite."""
+    keys, values = keys[:, :, :span], values[:, :, :span]
+    index = torch.arange(keys.shape[2], device=q.device)
+    visible = (index < lengths[:, None])[:, None, None]  # [B, 1, 1, S]
+    out = F.scaled_dot_product_attention(
+        q[:, :, None], keys, values, attn_mask=visible, enable_gqa=True
+    )[:, :, 0]
+    return out.masked_fill((lengths <= 0)[:, None, None], 0)
+
+
+@triton.jit
+def _split_kernel(
+    q,
+    keys,
+    values,
+    lengths,
+    out,
+    stats,
+    q_batch,
+    q_head,
+    key_batch,
+    key_head,
+    key_position,
+    value_batch,
+    value_head,
+    value_position,
+    length_stride,
+    kv_heads,
+    capacity,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    request = (tl.program_id(0) // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    length = tl.load(lengths + request * length_stride).to(tl.int32)
+    length = tl.minimum(tl.maximum(length, 0), capacity)
+    part = tl.cdiv(length, splits)
+    begin = split * part
+    end = tl.minimum(begin + part, length)
+
+    row, column, offset = tl.arange(0, 2 * GROUP), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    low = (row >= GROUP)[:, None]
+    head = kv_head * G + row % GROUP
+    there = (row % GROUP < G)[:, None] & (column < D)[None, :]
+    queries = tl.load(
+        q + request * q_batch + head[:, None] * q_head + column[None, :], mask=there, other=0
+    )  # [2 GROUP, WIDTH], every head twice
+    key_rows = keys + request * key_batch + kv_head * key_head + column[None, :]
+    value_rows = values + request * value_batch + kv_head * value_head + column[None, :]
+
+    best = tl.full((2 * GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((2 * GROUP,), tl.float32)
+    mixed = tl.zeros((2 * GROUP, WIDTH), tl.float32)
+    for start in range(begin, end, BLOCK):
+        inside = start + offset < end
+        position = (start + offset).to(tl.int64)[:, None]
+        loaded = inside[:, None] & (column < D)[None, :]
+        key = tl.load(key_rows + position * key_position, mask=loaded, other=0)  # [BLOCK, WIDTH]
+        score = tl.dot(queries, tl.trans(key), input_precision="ieee")
+        score = tl.where(inside[None, :], score, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score, 1))
+        # subtracted before it is scaled: scaled first, a fused multiply-add of large scores
+        # leaves a rounding error above 0, whose exponential overflows
+        weight = tl.exp2((score - new_best[:, None]) * scale)
+        fade = tl.exp2((best - new_best) * scale)
+        total = total * fade + tl.sum(weight, 1)
+        high = weight.to(values.dtype.element_ty).to(tl.float32)
+        weight = tl.where(low, weight - high, weight).to(values.dtype.element_ty)
+        value = tl.load(value_rows + position * value_position, mask=loaded, other=0)
+        mixed = tl.dot(weight, value, mixed * fade[:, None], input_precision="ieee")
+        best = new_best
+
+    mixed = tl.sum(tl.reshape(mixed, (2, GROUP, WIDTH)), 0)
+    best = tl.max(tl.reshape(best, (2, GROUP)), 0)
+    total = tl.max(tl.reshape(total, (2, GROUP)), 0)
+    member = tl.arange(0, GROUP)
+    part_row = ((request * kv_heads + kv_head) * G + member) * splits + split
+    if DIRECT:
+        mixed = mixed / tl.where(total == 0, 1, total)[:, None]
+    else:
+        tl.store(stats + part_row, best, mask=member < G)
+        rows = tl.num_programs(0).to(tl.int64) * G * splits
+        tl.store(stats + rows + part_row, total, mask=member < G)
+    stored = (member < G)[:, None] & (column < D)[None, :]
+    where = out + part_row[:, None] * D + column[None, :]
+    tl.store(where, mixed.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _merge_kernel(
+    partial,
+    stats,
+    out,
+    splits,
+    scale,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, split = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part = row * splits + split
+    rows = tl.num_programs(0).to(tl.int64) * splits
+    best = tl.load(stats + part, mask=split < splits, other=float("-inf"))
+    total = tl.load(stats + rows + part, mask=split < splits, other=0)
+    there = (split < splits)[:, None] & (column < D)[None, :]
+    mixed = tl.load(partial + part[:, None] * D + column[None, :], mask=there, other=0)
+    # a split without positions has best = -inf, and of -inf - (-inf) would come NaN
+    share = tl.where(
+        best == float("-inf"), 0.0, tl.exp2((best - tl.max(best, 0)) * scale)
+    )
+    denominator = tl.sum(share * total, 0)
+    mixed = tl.sum(share[:, None] * mixed, 0) / tl.where(denominator == 0, 1, denominator)
+    tl.store(out + row * D + column, mixed.to(out.dtype.element_ty), mask=column < D)
+
+
+def _configs(width: int, bytes_each: int) -> list[Config]:
+    """tile: positions per step, and programs that a processor holds at once."""
+    # products of float32 take no tensor cores, and larger tiles of them spill registers
+    block = 16 if bytes_each == 4 else min(128, max(16, TILE_BYTES // (width * bytes_each)))
+    return [
+        Config((block, 2), warps=4, stages=3),
+        Config((max(16, block // 2), 4), warps=4, stages=3),
+        Config((block, 3), warps=4, stages=3),
+    ]
+
+
+@lru_cache
+def split_count(pairs: int, span: int, resident: int) -> int:
+    """The fewest splits with which `pairs` (request, kv head) fill waves of `resident` programs."""
+    most = max(1, min(MOST_SPLITS, span // LEAST_POSITIONS))
+    fills = []
+    for splits in range(1, most + 1):
+        waves = -(-pairs * splits // resident)
+        fills.append(pairs * splits / (waves * resident))
+    enough = GOOD_FILL * max(fills)
+    return 1 + next(index for index, fill in enumerate(fills) if fill >= enough)
+
+
+def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int | None) -> Tensor:
+    if not use_triton(q):
+        return decode_attention_reference(q, keys, values, lengths, span=span)
+    (batch, n_heads, head_dim), (_, kv_heads, capacity, _) = q.shape, keys.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
+    span = capacity if span is None else min(span, capacity)
+    shared = n_heads // kv_heads  # G
+    width = max(16, triton.next_power_of_2(head_dim))
+    scale = LOG2_E / math.sqrt(head_dim)
+    processors = chip_of(q.device).processors
+
+    def run(config: Config) -> None:
+        splits = split_count(batch * kv_heads, span, config.tile[1] * processors)
+        partial, stats = out, out
+        if splits > 1:
+            partial = q.new_empty((batch, n_heads, splits, head_dim), dtype=torch.float32)
+            stats = q.new_empty((2, batch, n_heads, splits), dtype=torch.float32)
+        launch(
+            _split_kernel,
+            (batch * kv_heads, splits),
+            q,
+            keys,
+            values,
+            lengths,
+            partial,
+            stats,
+            *q.stride()[:2],
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            lengths.stride(0),
+            kv_heads,
+            capacity,
+            scale,
+            G=shared,
+            D=head_dim,
+            GROUP=max(8, triton.next_power_of_2(shared)),
+            WIDTH=width,
+            BLOCK=config.tile[0],
+            DIRECT=splits == 1,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+        if splits > 1:
+            padded = triton.next_power_of_2(splits)
+            block = min(width, MERGE_TILE // padded)
+            launch(
+                _merge_kernel,
+                (batch * n_heads, triton.cdiv(head_dim, block)),
+                partial,
+                stats,
+                out,
+                splits,
+                scale,
+                D=head_dim,
+                SPLITS=padded,
+                BLOCK=block,
+                num_warps=MERGE_WARPS,
+            )
+
+    size = triton.next_power_of_2(batch * kv_heads), triton.next_power_of_2(span)
+    key = ("decode_attention", q.dtype, head_dim, shared, size)
+    run(choose(key, q.device, _configs(width, q.element_size()), run))
+    return out
+
+
+@torch.library.custom_op("shardlens::decode_attention", mutates_args=())
+def _decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int | None
+) -> Tensor:
+    return _forward(q, keys, values, lengths, span)
+
+
+@_decode_attention.register_fake
+def _(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int | None) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *, span: int | None = None
+) -> Tensor:
+    """Attention of q [B, H, D] to positions 0 .. lengths - 1 of keys, values [B, K, S, D].
+
+    lengths [B] int32 or int64, never read on the host; a request of length 0 gets zeros. span: an
+    upper bound of lengths known to the host, which saves work. Returns [B, H, D], contiguous.
+    Raises ValueError where shapes or dtypes do not fit together.
+    """
+    batch, n_heads, head_dim = q.shape
+    if keys.shape != values.shape or keys.shape[::3] != (batch, head_dim):
+        raise ValueError(
+            f"q {list(q.shape)} does not go with keys {list(keys.shape)} "
+            f"and values {list(values.shape)}: they are [B, H, D] and twice [B, K, S, D]"
+        )
+    if n_heads % keys.shape[1]:
+        raise ValueError(f"{n_heads} query heads cannot share {keys.shape[1]} key heads evenly")
+    if not q.dtype == keys.dtype == values.dtype:
+        raise ValueError(f"dtypes differ: q {q.dtype}, keys {keys.dtype}, values {values.dtype}")
+    if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths is {lengths.dtype} {list(lengths.shape)}: one integer a request")
+    if through_op(q, keys, values):
+        out: Tensor = torch.ops.shardlens.decode_attention(q, keys, values, lengths, span)
+        return out
+    return _forward(q, keys, values, lengths, span)
