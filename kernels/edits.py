@@ -7,17 +7,8 @@ a [d] is the row, v its vector, u = v / |v|, s its scale:
     CLAMP          a + (s - a·u) u             the component becomes s
     ADD_KEEP_NORM  (a + s v) · |a| / |a + s v|
 
-Gradients, where g is the gradient to the result, p = a·u, q = g·u, b = a + s v, r = |a| / |b|:
-
-    ADD            da = g                              ds = g·v    dv = s g
-    ABLATE         da = g - s q u                      ds = -p q   du = -s (p g + q a)
-    CLAMP          da = g - q u                        ds = q      du = (s - p) g - q a
-    ADD_KEEP_NORM  db = r (g - (g·b) b / |b|²)         ds = db·v   dv = s db
-                   da = db + (g·b) a / (|a| |b|)
-    dv = (du - (du·u) u) / |v|    where v enters through u
-
-A vector of zeros has u = 0. The table, the indices and the scales lie in device memory, so that a
-captured CUDA graph follows their changes.
+Their gradients are in `edits_backward.py`. A vector of zeros has u = 0. The table, the indices and
+the scales lie in device memory, so that a captured CUDA graph follows their changes.
 """
 
 from __future__ import annotations
@@ -46,8 +37,10 @@ class Edits:
     scale: Tensor  # [R] float32
 
     def check(self, n_rows: int, d: int) -> None:
-        """Raise ValueError where shapes do not fit n_rows rows of d numbers."""
+        """Raise ValueError for an empty table, or shapes that do not fit n_rows rows of d."""
         n = self.vectors.shape[0]
+        if n == 0:
+            raise ValueError("the table of edits holds no vector: leave the edits out")
         expected = {"vectors": (n, d), "modes": (n,), "index": (n_rows,), "scale": (n_rows,)}
         for name, shape in expected.items():
             found = tuple(getattr(self, name).shape)
@@ -74,9 +67,6 @@ def chosen(edits: Edits, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
     n = edits.vectors.shape[0]
     is_edited = ((edits.index >= 0) & (edits.index < n))[:, None]
     index = edits.index.where(is_edited[:, 0], 0).long()
-    if n == 0:  # an empty table edits nothing
-        vectors = edits.vectors.new_zeros(index.shape[0], edits.vectors.shape[1])
-        return vectors.to(dtype), index[:, None], edits.scale[:, None].to(dtype), is_edited
     vectors, modes = edits.vectors[index].to(dtype), edits.modes[index][:, None]
     return vectors, modes, edits.scale[:, None].to(dtype), is_edited
 
@@ -99,39 +89,6 @@ def edit_reference(x: Tensor, edits: Edits) -> Tensor:
     gone = (mode == ADD_KEEP_NORM) & ~keeps  # no norm to restore, or nothing to give it to
     edited = (b * ratio).masked_fill(gone, 0)
     return torch.where(is_edited, edited.to(x.dtype), x)
-
-
-def edit_gradient_reference(a: Tensor, grad: Tensor, edits: Edits) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to a [R, d], to each row's scale [R] and to each row's vector [R, d].
-
-    a and grad are wide; rows without an edit pass their gradient on.
-    """
-    v, mode, s, is_edited = chosen(edits, a.dtype)
-
-    def dot(left: Tensor, right: Tensor) -> Tensor:
-        return (left * right).sum(-1, keepdim=True)
-
-    vv = dot(v, v)
-    inverse = torch.where(vv > 0, 1 / vv.where(vv > 0, 1).sqrt(), 0)  # 1 / |v|
-    u = v * inverse
-    p, q = dot(a, u), dot(grad, u)
-    ablates, clamps, keeps = mode == ABLATE, mode == CLAMP, mode == ADD_KEEP_NORM
-    da = grad - torch.where(ablates, s * q, torch.where(clamps, q, 0)) * u
-    ds = torch.where(ablates, -p * q, torch.where(clamps, q, dot(grad, v)))
-    of_g = torch.where(ablates, -s * p, s - p)
-    of_a = torch.where(ablates, -s * q, -q)
-    through_u = (of_g * grad + of_a * a - (of_g * q + of_a * p) * u) * inverse
-    dv = torch.where(ablates | clamps, through_u, s * grad)
-
-    b = a + s * v
-    aa, bb, gb = dot(a, a), dot(b, b), dot(grad, b)
-    whole = (aa > 0) & (bb > 0)
-    norms = (aa * bb).where(whole, 1).sqrt()
-    db = (aa / norms).where(whole, 0) * (grad - gb / bb.where(whole, 1) * b)
-    da = torch.where(keeps, db + (gb / norms).where(whole, 0) * a, da)
-    ds, dv = torch.where(keeps, dot(db, v), ds), torch.where(keeps, s * db, dv)
-    da = torch.where(is_edited, da, grad)
-    return da, ds.where(is_edited, 0)[:, 0], dv.where(is_edited, 0)
 
 
 @triton.jit
@@ -161,29 +118,3 @@ def edit_row(a, v, mode, s):
         bb = tl.sum(out * out, 0)
         out = out * tl.where(bb > 0, tl.sqrt(tl.sum(a * a, 0) / bb), 0.0)
     return out
-
-
-@triton.jit
-def edit_row_gradient(a, v, grad, mode, s):
-    """Gradients (da [BLOCK], ds, dv [BLOCK]) of one edited row, float32."""
-    vv = tl.sum(v * v, 0)
-    inverse = tl.where(vv > 0, 1 / tl.sqrt(vv), 0.0)
-    gv = tl.sum(grad * v, 0)
-    p, q = tl.sum(a * v, 0) * inverse, gv * inverse
-    da, ds, dv = grad, gv, s * grad
-    if mode == _KEEP_NORM:
-        b = a + s * v
-        aa, bb, gb = tl.sum(a * a, 0), tl.sum(b * b, 0), tl.sum(grad * b, 0)
-        whole = (aa > 0) & (bb > 0)
-        norms = tl.sqrt(aa * bb)
-        db = tl.where(whole, aa / norms, 0.0) * (grad - tl.where(whole, gb / bb, 0.0) * b)
-        da = db + tl.where(whole, gb / norms, 0.0) * a
-        ds, dv = tl.sum(db * v, 0), s * db
-    elif (mode == _ABLATE) | (mode == _CLAMP):
-        ablates = mode == _ABLATE
-        of_g, of_a = tl.where(ablates, -s * p, s - p), tl.where(ablates, -s * q, -q)
-        of_u = -(of_g * q + of_a * p)
-        da = grad - tl.where(ablates, s * q, q) * inverse * v
-        ds = tl.where(ablates, -p * q, q)
-        dv = (of_g * grad + of_a * a + of_u * inverse * v) * inverse
-    return da, ds, dv

@@ -191,6 +191,7 @@ def _backward_op(
     dh: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
+    h: Tensor,
     weight: Tensor,
     eps: float,
     before: Sequence[Tensor],
@@ -198,25 +199,12 @@ def _backward_op(
     want_weight: bool,
     want_vectors: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    edits_1, edits_2 = _edits(before), _edits(after)
-    dx, dw, dv_1, ds_1, dv_2, ds_2 = rmsnorm_steer_backward(
-        dy, dh, x, residual, weight, eps, edits_1, edits_2, want_weight, want_vectors
-    )
-    of_1 = _table_gradients(edits_1, dv_1, ds_1, want_vectors)
-    return dx.view(x.shape), dw, *of_1, *_table_gradients(edits_2, dv_2, ds_2, want_vectors)
-
-
-def _table_gradients(
-    edits: Edits | None, dv: Tensor, ds: Tensor, want_vectors: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients to vectors [n, d], rows [R, d] summed by the vector they chose, and to scale."""
-    if edits is None:
-        return dv.new_empty(0), ds.new_empty(0)
-    total = torch.zeros(edits.vectors.shape, dtype=ds.dtype, device=ds.device)
-    if want_vectors and total.shape[0]:
-        # rows without an edit have a gradient of zeros, wherever it is added
-        total.index_add_(0, edits.index.long().clamp(0, total.shape[0] - 1), dv)
-    return total.to(edits.vectors.dtype), ds.to(edits.scale.dtype)
+    y_before = _forward(h, None, weight, eps, None, None, None) if after else None
+    dx, dw, of_1, of_2 = rmsnorm_steer_backward(
+        dy, dh, x, residual, h, y_before, weight, eps, _edits(before), _edits(after),
+        want_weight, want_vectors,
+    )  # fmt: skip
+    return dx, dw, *of_1, *of_2
 
 
 @_backward_op.register_fake
@@ -225,6 +213,7 @@ def _(
     dh: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
+    h: Tensor,
     weight: Tensor,
     eps: float,
     before: Sequence[Tensor],
@@ -242,18 +231,19 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, residual, weight, ctx.eps, before, after = inputs
-    if residual is not None and not before:
-        x, residual = output[1], None  # without E₁ its backward needs h alone
     ctx.has_h, ctx.n_before = output[1].shape == output[0].shape, len(before)
-    ctx.save_for_backward(x, residual, weight, *before, *after)
+    h = output[1] if ctx.has_h else x
+    # x and the residual are asked for by the gradient of E₁ alone
+    sources = (x, residual) if before else (h, None)
+    ctx.save_for_backward(*sources, h, weight, *before, *after)
 
 
 def _gradient(ctx: Any, dy: Tensor, dh: Tensor | None) -> tuple[Any, ...]:
-    x, residual, weight, *tables = ctx.saved_tensors
+    x, residual, h, weight, *tables = ctx.saved_tensors
     before, after = tables[: ctx.n_before], tables[ctx.n_before :]
     need_x, need_residual, need_weight, _, need_before, need_after = ctx.needs_input_grad
     dx, dw, dv_1, ds_1, dv_2, ds_2 = torch.ops.shardlens.rmsnorm_steer_backward(
-        dy, dh if ctx.has_h else None, x, residual, weight, ctx.eps, before, after,
+        dy, dh if ctx.has_h else None, x, residual, h, weight, ctx.eps, before, after,
         need_weight, any(needs[0] for needs in (need_before, need_after) if needs),
     )  # fmt: skip
 

@@ -82,8 +82,8 @@ def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-@torch.library.custom_op("shardlens::swiglu_backward", mutates_args=())
-def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """As `swiglu_backward_reference`."""
     if not use_triton(gate_up):
         return swiglu_backward_reference(dy, gate_up)
     # autograd may hand over an expanded gradient, whose rows share memory
@@ -103,6 +103,11 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
         num_warps=WARPS,
     )
     return d_gate_up
+
+
+@torch.library.custom_op("shardlens::swiglu_backward", mutates_args=())
+def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    return swiglu_backward(dy, gate_up)
 
 
 @_swiglu_backward.register_fake

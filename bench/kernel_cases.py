@@ -1,0 +1,68 @@
+"""Every operation at true model shapes, as calls: what `compiled.py` compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.edits import Edits
+from ..kernels.rmsnorm_steer import rmsnorm_steer
+from ..kernels.rmsnorm_steer_backward import rmsnorm_steer_backward
+from ..kernels.swiglu import swiglu, swiglu_backward
+
+CASES: dict[str, Callable[[str], Any]] = {}
+Run = Callable[[str], Any]
+
+
+def case(name: str) -> Callable[[Run], Run]:
+    def add(run: Run) -> Run:
+        CASES[name] = run
+        return run
+
+    return add
+
+
+def bf16(device: str, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=device)
+
+
+def table(device: str, rows: int, d: int, n: int = 8) -> Edits:
+    return Edits(
+        bf16(device, n, d),
+        torch.empty(n, dtype=torch.int32, device=device),
+        torch.empty(rows, dtype=torch.int32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+    )
+
+
+@case("rmsnorm")
+def _(device: str) -> None:
+    for d in (128, 4096, 5120, 8192, 16384):
+        x, weight = bf16(device, 512, d), bf16(device, d)
+        rmsnorm_steer(x, weight, 1e-5)
+        rmsnorm_steer(x, weight, 1e-5, residual=bf16(device, 512, d))
+
+
+@case("rmsnorm_steer")
+def _(device: str) -> None:
+    for d in (4096, 8192, 16384):
+        x, weight, edits = bf16(device, 512, d), bf16(device, d), table(device, 512, d)
+        rmsnorm_steer(x, weight, 1e-5, residual=x, before=edits, after=edits)
+
+
+@case("rmsnorm_backward")
+def _(device: str) -> None:
+    for d in (4096, 8192, 16384):
+        x, weight, edits = bf16(device, 4096, d), bf16(device, d), table(device, 4096, d)
+        rmsnorm_steer_backward(x, x, x, x, x, x, weight, 1e-5, edits, edits, True, True)
+        rmsnorm_steer_backward(x, x, x, x, x, x, weight, 1e-5, None, None, True, False)
+
+
+@case("swiglu")
+def _(device: str) -> None:
+    gate_up = bf16(device, 512, 2 * 14336)
+    swiglu(gate_up)
+    swiglu_backward(bf16(device, 512, 14336), gate_up)
