@@ -24,6 +24,8 @@ from .switch import use_triton
 PROGRAMS = 4
 # Held at once; wider rows are walked in parts, twice, and their sum of dw lies in memory.
 MOST_COLUMNS = 8192
+# Told no number, the assembler aims lower, for more programs at once, and spills.
+MOST_REGISTERS = 128
 
 
 def rmsnorm_backward_reference(
@@ -111,7 +113,7 @@ def rmsnorm_backward(
         (programs,),
         dy, dh, h, weight.contiguous(), dx, dw_parts, n_rows, d, eps, h.stride(0),
         HAS_DH=dh is not None, WANT_WEIGHT=want_weight, HOLD_DW=d <= MOST_COLUMNS,
-        **block_and_warps(min(d, MOST_COLUMNS), 16),
+        maxnreg=MOST_REGISTERS, **block_and_warps(min(d, MOST_COLUMNS), 16),
     )  # fmt: skip
     return dx, dw_parts.sum(0).to(weight.dtype)
 
