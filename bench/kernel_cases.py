@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.edits import Edits
+from ..kernels.head_stats import Noise, Target, head_stats
 from ..kernels.rmsnorm_steer import rmsnorm_steer
 from ..kernels.rmsnorm_steer_backward import rmsnorm_steer_backward
 from ..kernels.swiglu import swiglu, swiglu_backward
@@ -66,3 +67,27 @@ def _(device: str) -> None:
     gate_up = bf16(device, 512, 2 * 14336)
     swiglu(gate_up)
     swiglu_backward(bf16(device, 512, 14336), gate_up)
+
+
+def head(device: str, rows: int, d: int, n_ids: int, k: int = 5, **options: Any) -> None:
+    """With everything a lens asks for: targets and KL; 33 taps a position."""
+    vectors = [torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2)]
+    target = Target(torch.empty(rows, dtype=torch.int64, device=device), *vectors)
+    given = {"group_size": 33 if rows % 33 == 0 else 1, "target": target} | options
+    head_stats(bf16(device, rows, d), bf16(device, n_ids, d), k=k, **given)
+
+
+@case("head_few")
+def _(device: str) -> None:
+    for rows in (1, 32, 33, 128):
+        one = torch.empty(1, dtype=torch.int64, device=device)
+        head(device, rows, 4096, 128_256, noise=Noise(one, one))
+    head(device, 33, 4096, 128_256, norm_weight=bf16(device, 4096), eps=1e-5)
+    head(device, 8, 4096, 16_032, k=64, group_size=1)
+
+
+@case("head_many")
+def _(device: str) -> None:
+    head(device, 4096, 4096, 128_256, target=None)
+    head(device, 33 * 64, 4096, 128_256)
+    head(device, 81 * 64, 8192, 16_032, group_size=81, k=20)

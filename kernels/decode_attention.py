@@ -8,8 +8,9 @@ B requests, H query and K key/value heads (G = H / K share one), S positions of 
 size. q [B, H, D]; keys, values [B, K, S, D]; lengths [B] stay in device memory, so that a captured
 CUDA graph serves every length. The bound is reading each key and value once: 2 B K length D
 numbers. Every request is cut into as many equal parts, by its actual length: none is idle as long
-as there are positions. Weights go to the tensor cores as high + low parts of the cache's dtype,
-in rows of the product that would be padding (it has 16 at least), which keeps them to float32.
+as there are positions. The tensor cores take softmax weights in the cache's dtype only; where it
+has 16 bits, a weight goes in as high + low part, the low parts in rows of the product that would
+else be padding (it has 16 at least), so that no more than the output is rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from .switch import through_op, use_triton
 MOST_SPLITS = 128
 LEAST_POSITIONS = 128  # a split of fewer does not pay for the second kernel
 TILE_BYTES = 16384  # of keys; values take as much again, and that times the stages
+REGISTERS = 65536  # of a processor, on every chip since Volta
 MERGE_TILE, MERGE_WARPS = 4096, 4
-GOOD_FILL = 0.9
+GOOD_FILL = 0.95
 LOG2_E = 1 / math.log(2)
 
 
@@ -63,38 +65,37 @@ def _split_kernel(
     value_head,
     value_position,
     length_stride,
-    kv_heads,
     capacity,
     scale,
     G: tl.constexpr,
     D: tl.constexpr,
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     DIRECT: tl.constexpr,
 ):
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    request = (tl.program_id(0) // kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
-    length = tl.load(lengths + request * length_stride).to(tl.int32)
-    length = tl.minimum(tl.maximum(length, 0), capacity)
+    request, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    kv_heads, split, splits = tl.num_programs(1), tl.program_id(2), tl.num_programs(2)
+    length = tl.load(lengths + request * length_stride)
+    length = tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
     part = tl.cdiv(length, splits)
     begin = split * part
     end = tl.minimum(begin + part, length)
 
-    row, column, offset = tl.arange(0, 2 * GROUP), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-    low = (row >= GROUP)[:, None]
+    row, column = tl.arange(0, PARTS * GROUP), tl.arange(0, WIDTH)
+    offset = tl.arange(0, BLOCK)
     head = kv_head * G + row % GROUP
     there = (row % GROUP < G)[:, None] & (column < D)[None, :]
     queries = tl.load(
         q + request * q_batch + head[:, None] * q_head + column[None, :], mask=there, other=0
-    )  # [2 GROUP, WIDTH], every head twice
+    )  # [PARTS * GROUP, WIDTH]
     key_rows = keys + request * key_batch + kv_head * key_head + column[None, :]
     value_rows = values + request * value_batch + kv_head * value_head + column[None, :]
 
-    best = tl.full((2 * GROUP,), float("-inf"), tl.float32)
-    total = tl.zeros((2 * GROUP,), tl.float32)
-    mixed = tl.zeros((2 * GROUP, WIDTH), tl.float32)
+    best = tl.full((PARTS * GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((PARTS * GROUP,), tl.float32)
+    mixed = tl.zeros((PARTS * GROUP, WIDTH), tl.float32)
     for start in range(begin, end, BLOCK):
         inside = start + offset < end
         position = (start + offset).to(tl.int64)[:, None]
@@ -108,22 +109,24 @@ def _split_kernel(
         weight = tl.exp2((score - new_best[:, None]) * scale)
         fade = tl.exp2((best - new_best) * scale)
         total = total * fade + tl.sum(weight, 1)
-        high = weight.to(values.dtype.element_ty).to(tl.float32)
-        weight = tl.where(low, weight - high, weight).to(values.dtype.element_ty)
+        if PARTS == 2:
+            high = weight.to(values.dtype.element_ty).to(tl.float32)
+            weight = tl.where((row >= GROUP)[:, None], weight - high, weight)
+        weight = weight.to(values.dtype.element_ty)
         value = tl.load(value_rows + position * value_position, mask=loaded, other=0)
         mixed = tl.dot(weight, value, mixed * fade[:, None], input_precision="ieee")
         best = new_best
 
-    mixed = tl.sum(tl.reshape(mixed, (2, GROUP, WIDTH)), 0)
-    best = tl.max(tl.reshape(best, (2, GROUP)), 0)
-    total = tl.max(tl.reshape(total, (2, GROUP)), 0)
+    mixed = tl.sum(tl.reshape(mixed, (PARTS, GROUP, WIDTH)), 0)
+    best = tl.max(tl.reshape(best, (PARTS, GROUP)), 0)
+    total = tl.max(tl.reshape(total, (PARTS, GROUP)), 0)
     member = tl.arange(0, GROUP)
     part_row = ((request * kv_heads + kv_head) * G + member) * splits + split
     if DIRECT:
         mixed = mixed / tl.where(total == 0, 1, total)[:, None]
     else:
         tl.store(stats + part_row, best, mask=member < G)
-        rows = tl.num_programs(0).to(tl.int64) * G * splits
+        rows = tl.num_programs(0).to(tl.int64) * kv_heads * G * splits
         tl.store(stats + rows + part_row, total, mask=member < G)
     stored = (member < G)[:, None] & (column < D)[None, :]
     where = out + part_row[:, None] * D + column[None, :]
@@ -140,6 +143,7 @@ def _merge_kernel(
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LOWEST: tl.constexpr,
 ):
     row, split = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -149,22 +153,25 @@ def _merge_kernel(
     total = tl.load(stats + rows + part, mask=split < splits, other=0)
     there = (split < splits)[:, None] & (column < D)[None, :]
     mixed = tl.load(partial + part[:, None] * D + column[None, :], mask=there, other=0)
-    # a split without positions has best = -inf, and of -inf - (-inf) would come NaN
-    share = tl.where(
-        best == float("-inf"), 0.0, tl.exp2((best - tl.max(best, 0)) * scale)
-    )
+    # of splits without positions best is -inf; were the top so too, its difference would be NaN
+    top = tl.maximum(tl.max(best, 0), LOWEST)
+    share = tl.exp2((best - top) * scale)
     denominator = tl.sum(share * total, 0)
     mixed = tl.sum(share[:, None] * mixed, 0) / tl.where(denominator == 0, 1, denominator)
     tl.store(out + row * D + column, mixed.to(out.dtype.element_ty), mask=column < D)
 
 
-def _configs(width: int, bytes_each: int) -> list[Config]:
+def _configs(rows: int, width: int, bytes_each: int) -> list[Config]:
     """tile: positions per step, and programs that a processor holds at once."""
     # products of float32 take no tensor cores, and larger tiles of them spill registers
     block = 16 if bytes_each == 4 else min(128, max(16, TILE_BYTES // (width * bytes_each)))
+    half = max(16, block // 2)
+    if rows > 16 or width * bytes_each > 512:
+        most = 2 if rows <= 32 else 1
+        return [Config((block, most), warps=8, stages=3), Config((half, most), warps=8, stages=3)]
     return [
         Config((block, 2), warps=4, stages=3),
-        Config((max(16, block // 2), 4), warps=4, stages=3),
+        Config((half, 4), warps=4, stages=3),
         Config((block, 3), warps=4, stages=3),
     ]
 
@@ -192,6 +199,8 @@ def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int
     span = capacity if span is None else min(span, capacity)
     shared = n_heads // kv_heads  # G
     width = max(16, triton.next_power_of_2(head_dim))
+    parts = 1 if q.dtype == torch.float32 else 2  # of a weight: itself, or high and low
+    rows = max(16, parts * triton.next_power_of_2(shared))
     scale = LOG2_E / math.sqrt(head_dim)
     processors = chip_of(q.device).processors
 
@@ -203,7 +212,7 @@ def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int
             stats = q.new_empty((2, batch, n_heads, splits), dtype=torch.float32)
         launch(
             _split_kernel,
-            (batch * kv_heads, splits),
+            (batch, kv_heads, splits),
             q,
             keys,
             values,
@@ -214,17 +223,19 @@ def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int
             *keys.stride()[:3],
             *values.stride()[:3],
             lengths.stride(0),
-            kv_heads,
             capacity,
             scale,
             G=shared,
             D=head_dim,
-            GROUP=max(8, triton.next_power_of_2(shared)),
+            GROUP=rows // parts,
+            PARTS=parts,
             WIDTH=width,
             BLOCK=config.tile[0],
             DIRECT=splits == 1,
             num_warps=config.warps,
             num_stages=config.stages,
+            # left to itself, the assembler at times takes half of these and spills
+            maxnreg=min(255, REGISTERS // (config.tile[1] * 32 * config.warps) // 8 * 8),
         )
         if splits > 1:
             padded = triton.next_power_of_2(splits)
@@ -240,12 +251,13 @@ def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int
                 D=head_dim,
                 SPLITS=padded,
                 BLOCK=block,
+                LOWEST=torch.finfo(torch.float32).min,
                 num_warps=MERGE_WARPS,
             )
 
     size = triton.next_power_of_2(batch * kv_heads), triton.next_power_of_2(span)
     key = ("decode_attention", q.dtype, head_dim, shared, size)
-    run(choose(key, q.device, _configs(width, q.element_size()), run))
+    run(choose(key, q.device, _configs(rows, width, q.element_size()), run))
     return out
 
 

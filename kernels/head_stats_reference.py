@@ -3,7 +3,7 @@
     z = x · Wᵀ                       x [R, d] normed rows, W [Vs, d] this rank's vocabulary slice
 
 Legend: R rows, Vs ids of the slice (global ids first_id ...), k winners, m row maximum.
-Per row, over the slice, in one pass that holds at most ROW_BLOCK * VOCAB_BLOCK logits:
+Per row, over the slice, in one pass that holds one block of logits at a time:
 
     values, ids   the k largest z, ties by the lower id
     max           m = max z
@@ -11,6 +11,7 @@ Per row, over the slice, in one pass that holds at most ROW_BLOCK * VOCAB_BLOCK 
     sum_dev       Σ exp(z - m) · (z - m)           for the entropy
     above         how many ids beat the target     (z larger, or equal with a lower id)
     cross         Σ exp(z_f - m_f) · (z_f - z)     for KL; f is the row's reference row
+    target_logit  the target's z, 0 where the slice lacks it (to be summed over slices)
     key_ids, ...  the n best of z + Gumbel         for sampling
 
 All are float32. Slices of one vocabulary combine exactly: see `parallel/winners.py`.
@@ -25,9 +26,11 @@ from torch import Tensor
 
 from .gumbel import gumbel_reference
 
-# Logits of 2 MiB stay in the cache of a core's complex, and many rows share each block of W.
+# Many rows share each reading (and conversion) of a block of W. Logits of 1 MiB stay in cache: of
+# 2 MiB they take the same time and more memory, of 0.5 MiB more time.
 ROW_BLOCK = 512
-VOCAB_BLOCK = 1024
+VOCAB_BLOCK = 2048
+BLOCK_LOGITS = 2**18
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -43,7 +46,7 @@ class Target:
     logits: Tensor  # [R] float32
     slack: Tensor  # [R] float32
 
-    def rows(self, rows: slice) -> Target:
+    def rows(self, rows: slice | Tensor) -> Target:
         return Target(self.ids[rows], self.logits[rows], self.slack[rows])
 
 
@@ -54,6 +57,9 @@ class Noise:
     seed: Tensor  # [B] int64
     step: Tensor  # [B] int64
     n_best: int = 1
+
+    def rows(self, rows: slice) -> Noise:
+        return Noise(self.seed[rows], self.step[rows], self.n_best)
 
 
 @dataclass
@@ -67,6 +73,7 @@ class HeadStats:
     sum_dev: Tensor  # [R]
     above: Tensor  # [R] int64
     cross: Tensor  # [R]
+    target_logit: Tensor  # [R]
     key_values: Tensor  # [B, n]
     key_ids: Tensor  # [B, n] int64
     key_logits: Tensor  # [B, n]
@@ -83,55 +90,49 @@ def head_stats_reference(
     group_size: int = 1,
     noise: Noise | None = None,
     row_block: int = ROW_BLOCK,
-    vocab_block: int = VOCAB_BLOCK,
+    vocab_block: int | None = None,
 ) -> HeadStats:
     """Stream the slice; shapes and meaning in the module's text.
 
     scale [R] multiplies each row's logits before anything else (an inverse temperature).
     group_size: rows come in groups of this many, and the last of each is the reference row of
     its group. 1 means that there is none, and `cross` is 0. `noise` covers the first B rows.
+    Block sizes change speed, memory and rounding; by default vocab_block follows from the rows.
     """
     n_rows, block = x.shape[0], max(1, row_block // group_size) * group_size
     if n_rows % group_size:
         raise ValueError(f"{n_rows} rows are not whole groups of {group_size}")
-    out = _empty(n_rows, 0 if noise is None else noise.seed.shape[0], k, noise, x.device)
+    if vocab_block is None:
+        vocab_block = min(VOCAB_BLOCK, max(1, BLOCK_LOGITS // min(block, n_rows or 1)))
+    n_keyed, n_best = (0, 0) if noise is None else (noise.seed.shape[0], noise.n_best)
+    out = empty_stats(n_rows, n_keyed, n_best, k, x.device)
     for start in range(0, n_rows, block):
         rows = slice(start, min(n_rows, start + block))
-        part = _RowBlock(_rows_of(out, rows), first_id, target, rows, group_size, noise)
-        own_x, own_scale = _operand(x[rows]), None if scale is None else scale[rows, None]
+        own_target, own_noise = target and target.rows(rows), noise and noise.rows(rows)
+        part = _RowBlock(_rows_of(out, rows), first_id, group_size, own_target, own_noise)
+        own_x = x[rows] if x.is_cuda else x[rows].float()  # once, not once a block of ids
         for low in range(0, weight.shape[0], vocab_block):
-            part.add(_scaled_logits(own_x, weight[low : low + vocab_block], own_scale), low)
+            z = float_logits(own_x, weight[low : low + vocab_block])
+            part.add(z if scale is None else z.mul_(scale[rows, None]), low)
     return out
-
-
-def _operand(x: Tensor) -> Tensor:
-    """Rows as `float_logits` multiplies them, converted once instead of once a block of ids."""
-    return x if x.is_cuda else x.float()
-
-
-def _scaled_logits(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    z = float_logits(x, weight)
-    return z if scale is None else z.mul_(scale)
 
 
 def float_logits(x: Tensor, weight: Tensor) -> Tensor:
     """x [R, d] · weight [C, d]ᵀ with float32 sums and a float32 result [R, C].
 
     Half-precision products rounded to half precision would tie and re-order the winners. On CPU
-    no torch operator multiplies bf16 into float32, and oneDNN's own rounding to bf16 is a flag
-    of the whole process, so W is converted block by block: 1 / R of the product's work.
+    no torch operator multiplies bf16 into float32, and oneDNN's rounding of float32 operands is
+    a flag of the whole process. So W is widened block by block: 1 / R of the product's work.
     """
     if x.dtype == torch.float32 and weight.dtype == torch.float32:
         return x @ weight.T
-    if x.is_cuda and x.dtype == weight.dtype:
+    if x.is_cuda and x.dtype == weight.dtype != torch.float64:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     return x.float() @ weight.float().T
 
 
-def _empty(
-    n_rows: int, n_keyed: int, k: int, noise: Noise | None, device: torch.device
-) -> HeadStats:
-    n_best = 0 if noise is None else noise.n_best
+def empty_stats(n_rows: int, n_keyed: int, n_best: int, k: int, device: torch.device) -> HeadStats:
+    """Those of a slice without ids."""
 
     def full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=device)
@@ -145,6 +146,7 @@ def _empty(
         sum_dev=full((n_rows,), 0),
         above=full((n_rows,), 0, torch.int64),
         cross=full((n_rows,), 0),
+        target_logit=full((n_rows,), 0),
         key_values=full((n_keyed, n_best), lowest),
         key_ids=full((n_keyed, n_best), -1, torch.int64),
         key_logits=full((n_keyed, n_best), lowest),
@@ -156,35 +158,25 @@ def _rows_of(stats: HeadStats, rows: slice) -> HeadStats:
     return HeadStats(**{name: value[rows] for name, value in vars(stats).items()})
 
 
+@dataclass
 class _RowBlock:
     """Running statistics of one block of rows, updated in place block of ids by block of ids."""
 
-    def __init__(
-        self,
-        stats: HeadStats,
-        first_id: int,
-        target: Target | None,
-        rows: slice,
-        group_size: int,
-        noise: Noise | None,
-    ) -> None:
-        self.stats, self.first_id, self.group_size = stats, first_id, group_size
-        self.target = None if target is None else target.rows(rows)
-        self.noise = None
-        if noise is not None and stats.key_ids.shape[0]:
-            self.noise = Noise(noise.seed[rows], noise.step[rows], noise.n_best)
+    stats: HeadStats
+    first_id: int
+    group_size: int
+    target: Target | None
+    noise: Noise | None
 
     def add(self, z: Tensor, low: int) -> None:
-        """Take in logits z [r, C] of local ids low, low + 1, ...
-
-        z is overwritten.
-        """
+        """Take in logits z [r, C] of local ids low, low + 1, ...; z is overwritten."""
         first_id, block_max = self.first_id + low, z.amax(-1)
         self._winners(z, block_max, first_id)
         if self.target is not None:
             self.stats.above += _count_above(z, first_id, self.target)
-        if self.noise is not None:
-            self._sample(z[: self.noise.seed.shape[0]], first_id)
+            self.stats.target_logit += _at_target(z, first_id, self.target)
+        if self.noise is not None and self.noise.seed.numel():
+            self._sample(z[: self.noise.seed.shape[0]], self.noise, first_id)
         self._sums(z, block_max)
 
     def _winners(self, z: Tensor, block_max: Tensor, first_id: int) -> None:
@@ -226,9 +218,8 @@ class _RowBlock:
         cross.mul_(scale.view(-1, self.group_size)[:, -1:])
         cross.add_(torch.bmm(gap, weight[..., None])[..., 0])
 
-    def _sample(self, z: Tensor, first_id: int) -> None:
-        assert self.noise is not None
-        stats, noise = self.stats, self.noise
+    def _sample(self, z: Tensor, noise: Noise, first_id: int) -> None:
+        stats = self.stats
         ids = torch.arange(first_id, first_id + z.shape[1], device=z.device)
         keys = z + gumbel_reference(noise.seed[:, None], noise.step[:, None], ids[None])
         values, columns = _block_best(keys, min(noise.n_best, z.shape[1]))
@@ -246,6 +237,12 @@ def _count_above(z: Tensor, first_id: int, target: Target) -> Tensor:
     return (beats & (ids != target_ids)).sum(-1)
 
 
+def _at_target(z: Tensor, first_id: int, target: Target) -> Tensor:
+    local = target.ids - first_id
+    is_here = (local >= 0) & (local < z.shape[1])
+    return z.gather(1, local.where(is_here, 0)[:, None])[:, 0].where(is_here, 0)
+
+
 def _keep_best(best: tuple[Tensor, ...], block: tuple[Tensor, ...]) -> None:
     """Merge a block's winners [r, k'] into the running ones [r, k], in place.
 
@@ -253,14 +250,9 @@ def _keep_best(best: tuple[Tensor, ...], block: tuple[Tensor, ...]) -> None:
     ids, and blocks come in it too, so a stable sort leaves the lower id first where values tie.
     """
     k = best[0].shape[1]
-    _, order = _sorted_descending(torch.cat((best[0], block[0]), -1))
+    order = torch.cat((best[0], block[0]), -1).argsort(dim=-1, descending=True, stable=True)
     for running, new in zip(best, block, strict=True):
         running.copy_(torch.cat((running, new), -1).gather(1, order[:, :k]))
-
-
-def _sorted_descending(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Stable: equal values keep the order in which they stand, which here is that of ids."""
-    return torch.sort(values, dim=-1, descending=True, stable=True)
 
 
 def _block_best(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -271,7 +263,7 @@ def _block_best(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
         tied = (values[:, k] == values[:, k - 1]).nonzero()[:, 0]
         columns = columns[:, :k]
         if tied.numel():
-            columns[tied] = _sorted_descending(z[tied])[1][:, :k]
+            columns[tied] = z[tied].argsort(dim=-1, descending=True, stable=True)[:, :k]
     columns = columns.sort(-1).values
     return z.gather(1, columns), columns
 
@@ -316,5 +308,7 @@ def mass_above_reference(
         z = float_logits(x, weight[low : low + vocab_block]).mul_(scale[:, None])[:, None]
         ids = torch.arange(first_id + low, first_id + low + z.shape[-1], device=z.device)
         beats = (z > logits) | ((z == logits) & (ids < target_ids))  # [B, n, C]
+        # its own logit here may differ by rounding from the candidate's, if a kernel made that
+        beats &= ids != target_ids
         mass += ((z - top[:, None, None]).exp() * beats).sum(-1)
     return mass

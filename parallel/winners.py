@@ -2,7 +2,7 @@
 
 Each rank reduces its vocabulary slice to k winners and a few sums per row (`head_stats`), packs
 them into one float32 buffer, and one all-gather later every rank has the same, exact, global
-top-k, log-sum-exp, entropy, rank and KL. Per row and receiving rank that is 8k + 20 bytes; a
+top-k, log-sum-exp, entropy, rank and KL. Per row and receiving rank that is 8k + 24 bytes; a
 target adds an all-reduce of two float32. Combining p slices with maxima m_r, with m = max m_r:
 
     Σ exp(z - m)             = Σ_r s_r · exp(m_r - m)                     s_r: sum_exp
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.head_stats import head_stats
 from ..kernels.head_stats_reference import (
     HeadStats,
     Noise,
     Target,
-    head_stats_reference,
     mass_above_reference,
     target_logits_reference,
 )
@@ -63,13 +63,13 @@ def reduce_head(
     """What the head says of normed rows x [R, d], the same on every rank.
 
     target_ids [R] int64, -1 for none. group_size: KL is taken from the last row of every group
-    of this many rows. scale, noise: see `head_stats_reference`. Raises ValueError where k
+    of this many rows. scale, noise: see `head_stats`. Raises ValueError where k
     exceeds the vocabulary or a target lies outside it.
     """
     if not 1 <= k <= head.vocab.full:
         raise ValueError(f"top-k of {k} is outside 1 to {head.vocab.full}, the vocabulary's size")
     target = None if target_ids is None else _target(x, head, target_ids, scale)
-    stats = head_stats_reference(
+    stats = head_stats(
         x,
         head.valid_weight,
         k=k,
@@ -157,7 +157,7 @@ def _merge(slices: list[HeadStats], target: Target | None, k: int, group_size: i
         logprobs=(values.double() - logsumexp[:, None]).float(),
         logsumexp=logsumexp.float(),
         entropy=(total.log() - mean_dev).float(),
-        target_logprob=_target_logprob(target, logsumexp),
+        target_logprob=_target_logprob(slices, target, logsumexp),
         target_rank=_target_rank(slices, target, ids),
         kl_to_reference=_kl(slices, scale, total, logsumexp, group_size),
         key_ids=key_ids,
@@ -172,10 +172,14 @@ def _best(values: list[Tensor], k: int, *others: list[Tensor]) -> tuple[Tensor, 
     return best[:, :k], *(torch.cat(other, -1).gather(1, order) for other in others)
 
 
-def _target_logprob(target: Target | None, logsumexp: Tensor) -> Tensor:
+def _target_logprob(
+    slices: list[HeadStats], target: Target | None, logsumexp: Tensor
+) -> Tensor:
+    """From the streamed logit, so that a target among the winners has the winner's log-prob."""
     if target is None:
         return torch.full_like(logsumexp, torch.nan).float()
-    logprob = (target.logits.double() - logsumexp).float()
+    logit = torch.stack([part.target_logit for part in slices]).double().sum(0)
+    logprob = (logit - logsumexp).float()
     return logprob.masked_fill(target.ids < 0, torch.nan)
 
 

@@ -13,5 +13,6 @@ KERNEL_EPS = 4
 # And its mean error that expression's by so much: where two roundings follow each other, the last
 # bit of a sum before them turns a few of them either way.
 KERNEL_MEAN = 1.01
+GUMBEL = 4e-6  # a kernel's noise, of size up to 22.9, against the float64 inside of the reference
 P_VALUE = 1e-3  # a chi-square test of a right sampler fails this often; seeds are fixed
 EFFECT = 10  # a bug that a test is there to catch misses by at least so many tolerances

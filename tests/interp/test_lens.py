@@ -125,7 +125,7 @@ def test_block_sizes_do_not_matter(
     usual = traced(checkpoint, TensorParallel.single(), targets=7)
     monkeypatch.setattr(lens_module, "DECODE_BLOCK", decode_block)
     blocked = partial(head_stats_reference, vocab_block=vocab_block, row_block=row_block)
-    monkeypatch.setattr(winners_module, "head_stats_reference", blocked)
+    monkeypatch.setattr(winners_module, "head_stats", blocked)
     other = traced(checkpoint, TensorParallel.single(), targets=7)
     for name, value in vars(usual).items():
         if isinstance(value, Tensor) and value.is_floating_point():

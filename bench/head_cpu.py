@@ -1,0 +1,174 @@
+"""The streaming head on one CPU thread, against full logits + topk + logsumexp.
+
+    python -m shardlens.bench.head_cpu
+
+512 rows, d 1,024, k 5, at the vocabularies of Llama 2 and 3. First the answers: ids and
+log-sum-exp against float64. Then time, both arms by turns, and the peak of resident memory above
+what is there before, each arm in a process of its own. The full logits are in the model's dtype,
+as is usual; ours are float32 throughout, also of bf16 weights. A CPU without bf16 products makes
+the bf16 baseline slow: `product_gflops` tells. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.head_stats_reference import head_stats_reference
+from .report import emit, environment, reset_peak, resident_bytes
+
+ROWS, WIDTH, TOP_K = 512, 1024, 5
+SHAPES = [(dtype, vocab) for dtype in ("float32", "bfloat16") for vocab in (32_000, 128_256)]
+CHECKED_ROWS = 32
+TOLERANCE = 1e-5  # nats, log-sum-exp against float64
+BLOCK = 4096  # ids whose weights are made or widened at a time
+
+
+def streamed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    stats = head_stats_reference(x, weight, k=TOP_K)
+    return stats.ids, stats.max + stats.sum_exp.log()
+
+
+def full(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    z = x @ weight.T
+    return z.topk(TOP_K).indices, z.logsumexp(-1)
+
+
+ARMS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "streamed": streamed,
+    "full": full,
+}
+
+
+def problem(dtype: str, vocab: int) -> tuple[Tensor, Tensor]:
+    """Rows x [R, d] and weight [V, d] whose logits are normal with deviation 1."""
+    generator = torch.Generator().manual_seed(vocab)
+    kind = getattr(torch, dtype)
+    x = torch.randn(ROWS, WIDTH, generator=generator).to(kind)
+    weight = torch.empty(vocab, WIDTH, dtype=kind)
+    for part in weight.split(BLOCK):
+        part.copy_(torch.randn(part.shape, generator=generator) / WIDTH**0.5)
+    return x, weight
+
+
+def check(x: Tensor, weight: Tensor) -> dict[str, float]:
+    """Errors of some rows against float64; raises AssertionError where they are too large."""
+    x = x[:: ROWS // CHECKED_ROWS]
+    ids, logsumexp = streamed(x, weight)
+    z = torch.cat([x.double() @ part.double().T for part in weight.split(BLOCK)], -1)
+    exact = z.logsumexp(-1)
+    error = (logsumexp - exact).abs().max().item()
+    assert torch.equal(ids, z.topk(TOP_K).indices), "top-k ids differ from float64"
+    assert error <= TOLERANCE, f"log-sum-exp is off by {error}"
+    return {
+        "logsumexp_error": error,
+        "full_logsumexp_error": (full(x, weight)[1] - exact).abs().max().item(),
+    }
+
+
+def seconds(x: Tensor, weight: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Times of each arm, by turns, after one round that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in ARMS}
+    for turn in range(rounds + 1):
+        for name in sorted(ARMS, reverse=turn % 2 == 1):
+            start = time.perf_counter()
+            ARMS[name](x, weight)
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    fifths = statistics.quantiles(values, n=10, method="inclusive")
+    return {"best": min(values), "p20": fifths[1], "p50": fifths[4], "p80": fifths[7]}
+
+
+def peak_bytes(arm: str, dtype: str, vocab: int) -> int:
+    """What one call adds to resident memory at its peak. Call it in a fresh process."""
+    torch.set_num_threads(1)
+    x, weight = problem(dtype, vocab)
+    with torch.inference_mode():
+        ARMS[arm](x[:2], weight[:BLOCK])  # whatever is set up once
+        reset_peak()
+        before = resident_bytes("VmRSS")
+        ARMS[arm](x, weight)
+    return resident_bytes("VmHWM") - before
+
+
+def fresh_peak_bytes(arm: str, dtype: str, vocab: int) -> int:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(peak_bytes, arm, dtype, vocab).result()
+
+
+def product_gflops(dtype: str) -> float:
+    """Speed of the plain product in a dtype, to tell native bf16 from emulated."""
+    x, weight = problem(dtype, BLOCK)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        x @ weight.T
+        best = min(best, time.perf_counter() - start)
+    return 2 * ROWS * WIDTH * BLOCK / best / 1e9
+
+
+def measure(dtype: str, vocab: int, rounds: int) -> dict[str, Any]:
+    x, weight = problem(dtype, vocab)
+    errors = check(x, weight)
+    taken = seconds(x, weight, rounds)
+    ratios = [ours / theirs for ours, theirs in zip(taken["streamed"], taken["full"], strict=True)]
+    peaks = {arm: fresh_peak_bytes(arm, dtype, vocab) for arm in ARMS}
+    return {
+        "dtype": dtype,
+        "vocab": vocab,
+        **errors,
+        "seconds": {arm: spread(values) for arm, values in taken.items()},
+        "time_ratio": min(taken["streamed"]) / min(taken["full"]),
+        "time_ratio_of_a_turn": spread(ratios),
+        "peak_bytes": peaks,
+        "peak_share": peaks["streamed"] / peaks["full"],
+    }
+
+
+def row(result: dict[str, Any]) -> str:
+    best = [result["seconds"][arm]["best"] * 1e3 for arm in ("streamed", "full")]
+    peaks = [result["peak_bytes"][arm] / 2**20 for arm in ("streamed", "full")]
+    return (
+        f"{result['dtype']:<9}{result['vocab']:>8}{best[0]:>10,.0f}{best[1]:>8,.0f}"
+        f"{result['time_ratio']:>7.2f}{peaks[0]:>12.1f}{peaks[1]:>8.1f}{result['peak_share']:>8.1%}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--save", metavar="NAME", help="keep the result in bench/results/NAME.json")
+    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each arm, at least 2")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print("dtype       vocab  ours, ms    full  ratio   ours, MiB    full   share", flush=True)
+    results = []
+    with torch.inference_mode():
+        for dtype, vocab in SHAPES:
+            results.append(measure(dtype, vocab, arguments.rounds))
+            print(row(results[-1]), flush=True)
+        gflops = {dtype: product_gflops(dtype) for dtype in ("float32", "bfloat16")}
+    result = {
+        "benchmark": "head_cpu",
+        "environment": environment() | {"cpu_capability": torch.backends.cpu.get_cpu_capability()},
+        "shape": {"rows": ROWS, "d": WIDTH, "k": TOP_K},
+        "rounds": arguments.rounds,
+        "product_gflops": gflops,
+        "results": results,
+    }
+    emit(result, arguments.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The head's kernels (on a GPU, or in the interpreter) against float64 and the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracles import assert_as_good
+from tolerances import GUMBEL, LENS
+from torch import Tensor
+
+from shardlens.kernels import head_stats as module
+from shardlens.kernels.gumbel import gumbel_reference
+from shardlens.kernels.head_stats import head_stats
+from shardlens.kernels.head_stats_reference import (
+    HeadStats,
+    Noise,
+    Target,
+    head_stats_reference,
+    target_logits_reference,
+)
+from shardlens.kernels.rmsnorm import rmsnorm_reference
+from shardlens.kernels.switch import implementation
+from shardlens.parallel.group import TensorParallel
+from shardlens.parallel.shard import split_vocab
+from shardlens.parallel.vocab import VocabHead
+from shardlens.parallel.winners import Winners, reduce_head
+
+
+def inputs(rows: int, vocab: int, d: int, dtype: torch.dtype, device: torch.device) -> Any:
+    x = torch.randn(rows, d).to(device, dtype)
+    return x, (torch.randn(vocab, d) * 3 / d**0.5).to(device, dtype)
+
+
+def targets(x: Tensor, weight: Tensor, scale: Tensor, first_id: int) -> Target:
+    """Ids before, in and after the slice, and none."""
+    ids = torch.randint(-1, weight.shape[0], (x.shape[0],)).to(x.device) + first_id
+    ids[1::7], ids[2::7], ids[3::7] = -1, 0, first_id + weight.shape[0] + 5
+    logits, slack = target_logits_reference(x, weight, ids, first_id=first_id).unbind(-1)
+    logits = (logits * scale).masked_fill(ids < 0, torch.inf)
+    return Target(ids, logits, slack * scale)
+
+
+def summary(stats: HeadStats, group_size: int) -> dict[str, Tensor]:
+    """What the sums are for: log-sum-exp, entropy, KL's gap; the winners and the target."""
+    total = stats.sum_exp.double()
+    reference = torch.arange(len(total), device=total.device) // group_size * group_size
+    reference = (reference + group_size - 1).clamp(max=max(0, len(total) - 1))
+    return {
+        "values": stats.values,
+        "logsumexp": (stats.max + total.log()).float(),
+        "entropy": (total.log() - stats.sum_dev / total).float(),
+        "gap": (stats.cross / total[reference]).float(),
+        "target": stats.target_logit,
+    }
+
+
+@torch.no_grad()
+def truth_of(x: Tensor, weight: Tensor, k: int, scale: Tensor, g: int, local: Tensor) -> Any:
+    z = (x.double() @ weight.double().T) * scale.double()[:, None]
+    logp = z.log_softmax(-1)
+    final = z.view(-1, g, z.shape[1])[:, -1:] if len(z) else z[None, :1]
+    gap = final.softmax(-1) * (final - z.view(-1, g, z.shape[1])) if len(z) else z[None]
+    here = (local >= 0) & (local < z.shape[1])
+    order = torch.sort(z, dim=-1, descending=True, stable=True)
+    return order.indices[:, :k], {
+        "values": order.values[:, :k],
+        "logsumexp": z.logsumexp(-1),
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "gap": gap.sum(-1).flatten(),
+        "target": z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None])[:, 0].where(here, 0),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "rows, vocab, d, k, group",
+    [(0, 509, 96, 5, 1), (1, 1000, 4096, 1, 1), (7, 509, 507, 9, 7), (123, 300, 96, 5, 3)],
+)
+def test_against_float64(
+    rows: int, vocab: int, d: int, k: int, group: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight = inputs(rows, vocab, d, dtype, device)
+    scale, first_id = torch.rand(rows, device=device) + 0.5, 1000
+    target = targets(x, weight, scale, first_id)
+    options = dict(k=k, first_id=first_id, scale=scale, target=target, group_size=group)
+    with implementation("triton"):
+        ours = head_stats(x, weight, **options)  # type: ignore[arg-type]
+    plain = head_stats_reference(x, weight, **options)  # type: ignore[arg-type]
+    ids, truth = truth_of(x, weight, k, scale, group, target.ids - first_id)
+    assert torch.equal(ours.ids, ids + first_id)
+    assert torch.equal(ours.above, plain.above)
+    found, reference = summary(ours, group), summary(plain, group)
+    for name in truth if rows else ():
+        if name == "gap" and group == 1:
+            assert (ours.cross == 0).all()
+        else:
+            pair = (found[name], reference[name], truth[name])
+            assert_as_good(*(value.reshape(1, -1) for value in pair))
+
+
+def test_large_values_in_bf16(device: torch.device) -> None:
+    """Logits of 1e4 and more: sums stay finite, winners and entropy right."""
+    x, weight = inputs(5, 509, 96, torch.bfloat16, device)
+    x = x * 1e4
+    with implementation("triton"):
+        stats = head_stats(x, weight, k=3, group_size=5)
+    ones = torch.ones(5, device=device)
+    ids, truth = truth_of(x, weight, 3, ones, 5, torch.full((5,), -1, device=device))
+    assert torch.equal(stats.ids, ids)
+    for name in ("sum_exp", "sum_dev", "cross"):
+        assert getattr(stats, name).isfinite().all(), name
+    torch.testing.assert_close(stats.values.double(), truth["values"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_ties_across_tiles_and_shares(levels: int, device: torch.device) -> None:
+    """Winners of equal logits are the lowest ids, however the slice is walked."""
+    of_id = torch.arange(700, device=device) % levels
+    x, weight = torch.ones(3, 16, device=device), of_id[:, None].float().expand(700, 16)
+    with implementation("triton"):
+        stats = head_stats(x, weight.contiguous(), k=10)
+    assert stats.ids.tolist() == [[*range(levels - 1, 10 * levels, levels)]] * 3
+
+
+def test_strided_inputs_and_small_slices(device: torch.device) -> None:
+    wide, tall = torch.randn(14, 300, device=device), torch.randn(96, 420, device=device)
+    for x, weight in ((wide[::2, 100:196], tall.T[::2]), (wide[:7, ::3][:, :96], tall.T[:3])):
+        options: dict[str, Any] = dict(k=5, group_size=7)
+        with implementation("triton"):
+            ours = head_stats(x, weight, **options)
+        plain = head_stats_reference(x, weight, **options)
+        for name, value in vars(plain).items():
+            torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours.ids, plain.ids)  # -1 beyond the ids of the slice
+    with implementation("triton"):
+        none = head_stats(x, weight[:0], k=5)
+    assert (none.ids == -1).all() and none.max.isneginf().all() and (none.sum_exp == 0).all()
+
+
+@pytest.mark.parametrize("group", [2, 130, 300])
+def test_groups_of_any_length(group: int, device: torch.device) -> None:
+    """More rows than a tile; groups of 130 and 300 are longer than a tile."""
+    x, weight = inputs(300 // group * group, 200, 32, torch.float32, device)
+    scale = torch.rand(len(x), device=device) + 0.5
+    target = targets(x, weight, scale, 0)
+    noise = Noise(torch.arange(2, device=device), torch.arange(2, device=device))
+    options: dict[str, Any] = dict(k=2, scale=scale, target=target, group_size=group, noise=noise)
+    with implementation("triton"):
+        ours = head_stats(x, weight, **options)
+    plain = head_stats_reference(x, weight, **options)
+    for name, value in vars(plain).items():
+        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
+    assert plain.cross.abs().max() > 0.1
+
+
+def test_rows_that_are_not_normed_yet(device: torch.device, either: str) -> None:
+    x, weight = inputs(9, 300, 100, torch.float32, device)
+    norm_weight = torch.rand(100, device=device) + 0.5
+    ours = head_stats(x * 7, weight, k=4, norm_weight=norm_weight, eps=1e-5)
+    plain = head_stats_reference(rmsnorm_reference(x * 7, norm_weight, 1e-5), weight, k=4)
+    assert torch.equal(ours.ids, plain.ids)
+    torch.testing.assert_close(ours.values, plain.values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.sum_exp, plain.sum_exp, rtol=1e-5, atol=0)
+    unscaled = head_stats_reference(x * 7, weight, k=4)
+    assert (unscaled.values - plain.values).abs().max() > 1
+
+
+@pytest.mark.parametrize("rows", [3, 140])
+def test_samples_are_those_of_the_reference(rows: int, device: torch.device) -> None:
+    """Keys, their ids and logits, for all rows or the leading ones, at scales of their own."""
+    x, weight = inputs(rows, 509, 32, torch.float32, device)
+    scale = torch.rand(rows, device=device) + 0.5
+    for n_keyed in (1, 3) if rows == 3 else (130,):
+        seeds = torch.arange(n_keyed, device=device) * 2**40 + 11
+        noise = Noise(seeds, torch.arange(n_keyed, device=device) + 7, n_best=3)
+        with implementation("triton"):
+            ours = head_stats(x, weight, k=1, first_id=77, scale=scale, noise=noise)
+        plain = head_stats_reference(x, weight, k=1, first_id=77, scale=scale, noise=noise)
+        assert torch.equal(ours.key_ids, plain.key_ids)
+        torch.testing.assert_close(ours.key_values, plain.key_values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.key_logits, plain.key_logits, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_is_accurate(device: torch.device) -> None:
+    """Logits of 0 leave the noise alone; its largest values are where digits are easily lost."""
+    x, weight = torch.zeros(64, 16, device=device), torch.zeros(1000, 16, device=device)
+    noise = Noise(torch.arange(64, device=device), torch.full((64,), 5, device=device), 4)
+    with implementation("triton"):
+        stats = head_stats(x, weight, k=1, noise=noise)
+    exact = gumbel_reference(
+        noise.seed[:, None], noise.step[:, None], torch.arange(1000, device=device)[None]
+    )
+    order = torch.sort(exact, dim=-1, descending=True)
+    assert torch.equal(stats.key_ids, order.indices[:, :4])
+    assert (stats.key_values - order.values[:, :4]).abs().max() <= GUMBEL
+
+
+def test_bulk_loads(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """The descriptors that feed many rows; the interpreter knows them for float32."""
+    monkeypatch.setattr(module, "INTERPRETED", (64, 32, 64, 1))
+    monkeypatch.setattr(module, "_has_bulk_loads", lambda chip, *tensors: True)
+    x, weight = inputs(70, 130, 48, torch.float32, device)
+    norm_weight = torch.rand(48, device=device)
+    with implementation("triton"):
+        ours = head_stats(x, weight, k=3, group_size=7, norm_weight=norm_weight, eps=1e-5)
+    normed = rmsnorm_reference(x, norm_weight, 1e-5)
+    plain = head_stats_reference(normed, weight, k=3, group_size=7)
+    for name, value in vars(plain).items():
+        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_that_are_not_finite_end_the_walk(device: torch.device) -> None:
+    """NaN and infinite rows must not hang the kernel: their sums say what they are."""
+    x, weight = inputs(4, 100, 16, torch.float32, device)
+    x[0, 0], x[1, 0], x[2] = torch.nan, torch.inf, -torch.inf
+    with implementation("triton"):
+        stats = head_stats(x, weight, k=3)
+    assert not (stats.max + stats.sum_exp.log())[:3].isfinite().any()
+    assert stats.sum_exp[3].isfinite()
+
+
+def test_op(device: torch.device, either: str) -> None:
+    """Registration, and a compiled caller that gives what the eager one gives."""
+    x, weight = inputs(6, 100, 16, torch.float32, device)
+    ones = torch.ones(6, device=device)
+    target = targets(x, weight, ones, 0)
+    noise = Noise(torch.arange(2, device=device), torch.arange(2, device=device), 2)
+    flat = [[target.ids, target.logits, target.slack], 3, [noise.seed, noise.step]]
+    arguments = (x, weight, 4, 0, None, *flat, 2, None, 0.0)
+    torch.library.opcheck(torch.ops.shardlens.head_stats, arguments)
+
+    def run(x: Tensor) -> HeadStats:
+        return head_stats(x, weight, k=4, target=target, group_size=3, noise=noise)
+
+    eager, compiled = run(x), torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    for name, value in vars(eager).items():
+        assert torch.equal(getattr(compiled, name), value), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_sharded_head(ranks: int, device: torch.device, run_ranks: Any) -> None:
+    """Ids that tie across ranks, an uneven vocabulary, everything against one exact head."""
+    torch.manual_seed(2)
+    full, x = torch.randn(509, 24), torch.randn(8, 24).to(device)
+    full[100], full[400], full[101] = full[7], full[7], full[7]
+    target_ids = torch.tensor([7, 100, 101, 400, -1, 0, 508, 30]).to(device)
+    noise = Noise(torch.arange(8, device=device), torch.zeros(8, dtype=torch.int64, device=device))
+
+    def body(parallel: TensorParallel) -> Winners:
+        span = split_vocab(509, parallel.rank, parallel.size)
+        head = VocabHead(span, 24, parallel=parallel).to(device)
+        head.weight.data.zero_()
+        head.weight.data[: span.size] = full[span.start : span.stop].to(device)
+        return reduce_head(x, head, k=6, target_ids=target_ids, group_size=4, noise=noise)
+
+    with implementation("reference"):
+        exact = run_ranks(1, body)[0]
+    with implementation("triton"):
+        results = run_ranks(ranks, body)
+    for result in results:
+        for name, value in vars(exact).items():
+            found = getattr(result, name)
+            if value.dtype == torch.int64:
+                assert torch.equal(found, value), name
+            else:
+                torch.testing.assert_close(found, value, rtol=LENS, atol=LENS, equal_nan=True)
+
+
+def test_refusals(device: torch.device) -> None:
+    x, weight = inputs(4, 20, 16, torch.float32, device)
+    with pytest.raises(ValueError, match="do not fit"):
+        head_stats(x, weight[:, :8], k=1)
+    with pytest.raises(ValueError, match="k of 0"):
+        head_stats(x, weight, k=0)
+    with pytest.raises(ValueError, match="whole groups of 3"):
+        head_stats(x, weight, k=1, group_size=3)
