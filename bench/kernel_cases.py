@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.decode_attention import decode_attention
 from ..kernels.edits import Edits
 from ..kernels.head_stats import Noise, Target, head_stats
 from ..kernels.rmsnorm_steer import rmsnorm_steer
 from ..kernels.rmsnorm_steer_backward import rmsnorm_steer_backward
+from ..kernels.rope_qk import rope_qk
 from ..kernels.swiglu import swiglu, swiglu_backward
 
 CASES: dict[str, Callable[[str], Any]] = {}
@@ -91,3 +93,31 @@ def _(device: str) -> None:
     head(device, 4096, 4096, 128_256, target=None)
     head(device, 33 * 64, 4096, 128_256)
     head(device, 81 * 64, 8192, 16_032, group_size=81, k=20)
+
+
+@case("head_float32")
+def _(device: str) -> None:
+    for rows in (8, 33, 128, 33 * 64):
+        target = Target(*(torch.empty(rows, device=device) for _ in range(3)))
+        target = Target(target.ids.long(), target.logits, target.slack)
+        x, weight = (torch.empty(n, 4096, device=device) for n in (rows, 128_256))
+        head_stats(x, weight, k=5, target=target, group_size=33 if rows % 33 == 0 else 1)
+
+
+@case("decode_attention")
+def _(device: str) -> None:
+    for batch, heads, kv_heads in ((8, 32, 8), (8, 64, 8), (1, 16, 2), (512, 32, 32)):
+        q = bf16(device, batch, heads, 128)
+        keys, values = (bf16(device, batch, kv_heads, 8192, 128) for _ in range(2))
+        decode_attention(q, keys, values, torch.empty(batch, dtype=torch.int64, device=device))
+
+
+@case("rope_qk")
+def _(device: str) -> None:
+    for heads, normed in ((32, False), (64, True)):
+        qkv = bf16(device, 8, 1, (heads + 16) * 128)
+        angles = [bf16(device, 8, 1, 1, 64) for _ in range(2)]
+        cache = [bf16(device, 8, 8, 8192, 128) for _ in range(2)]
+        positions = torch.empty(8, 1, dtype=torch.int64, device=device)
+        weights = {"q_weight": bf16(device, 128), "k_weight": bf16(device, 128)} if normed else {}
+        rope_qk(qkv, *angles, *cache, positions, eps=1e-6, **weights)

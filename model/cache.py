@@ -34,7 +34,6 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * batch
         self.capacity = capacity
-        self._rows = torch.arange(batch, device=device)[:, None]
 
     def next_positions(self, n_tokens: int) -> Tensor:
         """Absolute positions [batch, n_tokens] of the next tokens of each request."""
@@ -42,19 +41,8 @@ class KVCache:
             raise ValueError(
                 f"{max(self.lengths) + n_tokens} positions do not fit a cache of {self.capacity}"
             )
-        starts = torch.tensor(self.lengths, device=self._rows.device)
-        return starts[:, None] + torch.arange(n_tokens, device=self._rows.device)
-
-    def write(
-        self, layer: int, positions: Tensor, keys: Tensor, values: Tensor, span: int
-    ) -> tuple[Tensor, Tensor]:
-        """Store keys, values [B, T, H, head_dim]; return all up to `span`: [B, H, span, head_dim].
-
-        The result is a view of the cache.
-        """
-        self.keys[layer][self._rows, :, positions] = keys
-        self.values[layer][self._rows, :, positions] = values
-        return self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
+        starts = torch.tensor(self.lengths, device=self.keys.device)
+        return starts[:, None] + torch.arange(n_tokens, device=self.keys.device)
 
     def advance(self, counts: Sequence[int]) -> None:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.rmsnorm import rmsnorm_reference
+from ..kernels.decode_attention import decode_attention
+from ..kernels.rmsnorm_steer import rmsnorm_steer
 from ..kernels.rope import rope_angles_reference, rope_reference
-from ..kernels.swiglu import swiglu_reference
+from ..kernels.rope_qk import rope_qk
+from ..kernels.swiglu import swiglu
 from ..parallel.group import TensorParallel
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.shard import Span
@@ -28,8 +30,8 @@ from .sharding import rank_spans
 from .tokenizer import Tokenizer
 
 CaptureFn = Callable[[int, str, Tensor], None]
-# (q [B, H, T, D], k, v [B, T, K, D]) -> [B, H, T, D]
-AttendFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (the block's attention, its number, q, k, v fused [B, T, (H + 2K) D]) -> mixed [B, T, H, D]
+AttendFn = Callable[["Attention", int, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -39,7 +41,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rmsnorm_reference(x, self.weight, self.eps)
+        return rmsnorm_steer(x, self.weight, self.eps)[0]
+
+    def of_sum(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, the sum): one pass for both."""
+        return rmsnorm_steer(x, self.weight, self.eps, residual=residual)
 
 
 class Attention(nn.Module):
@@ -47,25 +53,18 @@ class Attention(nn.Module):
         self, config: ModelConfig, spans: dict[str, Span], parallel: TensorParallel
     ) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.eps = config.head_dim, config.norm_eps
         self.q_size, self.kv_size = spans["heads"].size, spans["kv_heads"].size
         self.qkv = ColumnLinear(
             config.d, self.q_size + 2 * self.kv_size, bias=config.qkv_bias, parallel=parallel
         )
         self.o = RowLinear(self.q_size, config.d, bias=config.o_bias, parallel=parallel)
-        qk_norm = config.qk_norm
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if qk_norm else nn.Identity()
+        qk_norm, size, eps = config.qk_norm, config.head_dim, config.norm_eps
+        self.q_norm = RMSNorm(size, eps) if qk_norm else None
+        self.k_norm = RMSNorm(size, eps) if qk_norm else None
 
-    def forward(
-        self, x: Tensor, layer: int, rope: tuple[Tensor, Tensor], attend: AttendFn
-    ) -> Tensor:
-        q, k, v = self.qkv(x).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [B, T, ., D]
-        q = rope_reference(self.q_norm(q), *rope)
-        k = rope_reference(self.k_norm(k), *rope)
-        mixed = attend(layer, q.transpose(1, 2), k, v)  # [B, H, T, D]
-        out: Tensor = self.o(mixed.transpose(1, 2).flatten(-2))
+    def forward(self, x: Tensor, layer: int, attend: AttendFn) -> Tensor:
+        out: Tensor = self.o(attend(self, layer, self.qkv(x)).flatten(-2))
         return out
 
 
@@ -79,7 +78,7 @@ class MLP(nn.Module):
         self.down = RowLinear(ffn, config.d, bias=bias, parallel=parallel)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(swiglu_reference(self.gate_up(x)))
+        out: Tensor = self.down(swiglu(self.gate_up(x)))
         return out
 
 
@@ -94,27 +93,26 @@ class Block(nn.Module):
         self.mlp = MLP(config, spans, parallel)
 
     def forward(
-        self,
-        x: Tensor,
-        layer: int,
-        rope: tuple[Tensor, Tensor],
-        attend: AttendFn,
-        capture: CaptureFn,
-    ) -> Tensor:
+        self, x: Tensor, delta: Tensor | None, layer: int, attend: AttendFn, capture: CaptureFn
+    ) -> tuple[Tensor, Tensor]:
+        """(resid_mid, mlp_out), whose sum is this block's resid_post.
+
+        The residual entering the block is x + delta in the same way: the norm that reads the sum
+        is the pass that forms it.
+        """
+        normed, x = self.attn_norm.of_sum(x, delta)
+        if layer:
+            capture(layer - 1, "resid_post", x)
         capture(layer, "resid_pre", x)
-        normed = self.attn_norm(x)
         capture(layer, "attn_norm", normed)
-        attn_out = self.attn(normed, layer, rope, attend)
+        attn_out = self.attn(normed, layer, attend)
         capture(layer, "attn_out", attn_out)
-        x = x + attn_out
+        normed, x = self.mlp_norm.of_sum(x, attn_out)
         capture(layer, "resid_mid", x)
-        normed = self.mlp_norm(x)
         capture(layer, "mlp_norm", normed)
         mlp_out = self.mlp(normed)
         capture(layer, "mlp_out", mlp_out)
-        x = x + mlp_out
-        capture(layer, "resid_post", x)
-        return x
+        return x, mlp_out
 
 
 class Transformer(nn.Module):
@@ -196,38 +194,67 @@ class Transformer(nn.Module):
         cache. Raises ValueError where the cache is too small.
         """
         batch, n_tokens = token_ids.shape
-        attend: AttendFn
         if cache is None:
             positions = torch.arange(n_tokens, device=token_ids.device)[None]
-            attend = attend_causally
         else:
             positions = cache.next_positions(n_tokens)
-            attend = cached_attention(cache, positions)
         self._inv_freq = self._inv_freq.to(token_ids.device)
         rope = rope_angles_reference(positions, self._inv_freq, self.dtype)
+        attend = (
+            causal_attention(rope) if cache is None else cached_attention(cache, positions, rope)
+        )
         x: Tensor = self.embed(token_ids)
+        delta: Tensor | None = None
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, rope, attend, capture)
+            x, delta = block(x, delta, layer, attend, capture)
+        assert delta is not None
+        x = x + delta
+        capture(len(self.blocks) - 1, "resid_post", x)
         if cache is not None:
             cache.advance(counts if counts is not None else [n_tokens] * batch)
         return x
 
 
-def attend_causally(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
-    )
+def causal_attention(rope: tuple[Tensor, Tensor]) -> AttendFn:
+    """Every token over those before it and itself; differentiable."""
+
+    def attend(attn: Attention, layer: int, qkv: Tensor) -> Tensor:
+        parts = qkv.split((attn.q_size, attn.kv_size, attn.kv_size), dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
+        if attn.q_norm is not None and attn.k_norm is not None:
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        q, k = rope_reference(q, *rope), rope_reference(k, *rope)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return mixed.transpose(1, 2)
+
+    return attend
 
 
-def cached_attention(cache: KVCache, positions: Tensor) -> AttendFn:
-    """Attention of tokens at absolute `positions` [B, T] over the cache and themselves."""
-    span = max(cache.lengths) + positions.shape[1]
+def cached_attention(cache: KVCache, positions: Tensor, rope: tuple[Tensor, Tensor]) -> AttendFn:
+    """Tokens at absolute `positions` [B, T] over the cache, which they are written to first."""
+    n_tokens = positions.shape[1]
+    span = max(cache.lengths) + n_tokens
+    lengths = positions[:, 0] + 1
     index = torch.arange(span, device=positions.device)
     visible = (index <= positions[..., None])[:, None]  # [B, 1, T, S]
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = cache.write(layer, positions, k, v, span)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, enable_gqa=True)
+    def attend(attn: Attention, layer: int, qkv: Tensor) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        norms = {}
+        if attn.q_norm is not None and attn.k_norm is not None:
+            norms = {"q_weight": attn.q_norm.weight, "k_weight": attn.k_norm.weight}
+        q = rope_qk(qkv, *rope, keys, values, positions, eps=attn.eps, **norms)
+        if n_tokens == 1:
+            return decode_attention(q[:, 0], keys, values, lengths, span=span)[:, None]
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys[:, :, :span],
+            values[:, :, :span],
+            attn_mask=visible,
+            enable_gqa=True,
+        )
+        return mixed.transpose(1, 2)
 
     return attend
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from . import generate_command, lens_command
+from . import bench_command, generate_command, lens_command
 from .session import is_printing_rank
 
 # torchrun answers 1 for whatever code its ranks end with. A launcher that wants the true code
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Read and steer LLaMA and Qwen models too large for one GPU, while they run.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (lens_command, generate_command):
+    for module in (lens_command, generate_command, bench_command):
         module.add_to(commands)
     return parser
 

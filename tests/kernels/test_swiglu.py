@@ -13,9 +13,7 @@ from shardlens.kernels.switch import implementation
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows, f", [(0, 96), (1, 507), (7, 96), (123, 48), (2, 4096)])
-def test_against_float64(
-    rows: int, f: int, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_against_float64(rows: int, f: int, dtype: torch.dtype, device: torch.device) -> None:
     gate_up = torch.randn(rows, 2 * f, device=device, dtype=dtype) * 3
     with implementation("triton"):
         out = swiglu(gate_up)
