@@ -81,25 +81,27 @@ def head(device: str, rows: int, d: int, n_ids: int, k: int = 5, **options: Any)
 
 @case("head_few")
 def _(device: str) -> None:
-    for rows in (1, 32, 33, 128):
-        one = torch.empty(1, dtype=torch.int64, device=device)
-        head(device, rows, 4096, 128_256, noise=Noise(one, one))
-    head(device, 33, 4096, 128_256, norm_weight=bf16(device, 4096), eps=1e-5)
-    head(device, 8, 4096, 16_032, k=64, group_size=1)
+    one = torch.empty(1, dtype=torch.int64, device=device)
+    head(device, 8, 4096, 16_032, k=64, noise=Noise(one, one))
+    for rows in (32, 128):
+        head(device, rows, 4096, 128_256, noise=Noise(one, one), group_size=8)
+    norm = {"norm_weight": bf16(device, 4096), "eps": 1e-5}
+    head(device, 33, 4096, 128_256, noise=Noise(one, one), **norm)
 
 
 @case("head_many")
 def _(device: str) -> None:
     head(device, 4096, 4096, 128_256, target=None)
-    head(device, 33 * 64, 4096, 128_256)
     head(device, 81 * 64, 8192, 16_032, group_size=81, k=20)
 
 
 @case("head_float32")
 def _(device: str) -> None:
-    for rows in (8, 33, 128, 33 * 64):
-        target = Target(*(torch.empty(rows, device=device) for _ in range(3)))
-        target = Target(target.ids.long(), target.logits, target.slack)
+    for rows in (8, 32, 33, 33 * 64):
+        target = Target(
+            torch.empty(rows, dtype=torch.int64, device=device),
+            *(torch.empty(rows, device=device) for _ in range(2)),
+        )
         x, weight = (torch.empty(n, 4096, device=device) for n in (rows, 128_256))
         head_stats(x, weight, k=5, target=target, group_size=33 if rows % 33 == 0 else 1)
 

@@ -28,15 +28,23 @@ from .switch import use_triton
 MOST_K = 64
 TILE_ROWS = 128
 # Rows and ids of a tile, columns per step, ids of a part, bulk loads; warps; stages.
-FEW = {
+FEW: dict[int, tuple[Config, ...]] = {
     16: (Config((16, 128, 128, 64, 1), 4, 4), Config((16, 128, 128, 64, 0), 4, 4)),
     32: (Config((32, 128, 128, 64, 1), 4, 4), Config((32, 128, 128, 64, 0), 4, 3)),
-    64: (Config((64, 256, 64, 32, 1), 8, 4), Config((64, 128, 64, 32, 0), 4, 4)),
+    64: (Config((64, 256, 64, 32, 1), 8, 4), Config((64, 128, 64, 32, 0), 8, 4)),
     128: (Config((128, 128, 64, 32, 1), 8, 4), Config((128, 128, 64, 32, 0), 8, 3)),
 }
-MANY = (Config((128, 128, 64, 32, 1), 8, 4),)
+MANY: tuple[Config, ...] = (Config((128, 128, 64, 32, 1), 8, 4),)
 # Twice the ids a tile, for fewer loads an operation; elsewhere than on Hopper it spills.
 MANY_ON_HOPPER = (Config((128, 256, 64, 32, 1), 8, 3), *MANY)
+# Products of float32 are three of tf32, whose operands take registers too.
+FLOAT32 = {
+    16: Config((16, 64, 64, 32, 0), 4, 3),
+    32: Config((32, 64, 32, 32, 0), 4, 3),
+    64: Config((64, 32, 32, 32, 0), 4, 3),
+    128: Config((128, 32, 32, 16, 0), 8, 3),
+    256: Config((128, 32, 32, 16, 0), 8, 3),
+}
 SHARED_BYTES = {80: 160 * 1024, 90: 224 * 1024, 100: 224 * 1024}
 INTERPRETED = (128, 64, 64, 0)
 # Told no number, the assembler at times aims lower, for more programs at once, and spills.
@@ -48,14 +56,13 @@ def _configs(chip: Chip, n_rows: int, x: Tensor) -> tuple[Config, ...]:
     rows = max(16, triton.next_power_of_2(n_rows))
     if chip.capability == 0:  # the interpreter, whose cost is the number of programs and tiles
         return (Config((min(TILE_ROWS, rows), *INTERPRETED), 4),)
-    offered: Sequence[Config] = MANY_ON_HOPPER if chip.capability == 90 else MANY
-    if rows <= TILE_ROWS:
-        offered = FEW[rows]
+    if x.dtype == torch.float32:
+        return (FLOAT32[min(rows, 2 * TILE_ROWS)],)
+    many = MANY_ON_HOPPER if chip.capability == 90 else MANY
+    offered = FEW[rows] if rows <= TILE_ROWS else many
+    if chip.capability < 90:  # what differs in its loads alone is the same there
+        offered = tuple({c.tile[:4]: c for c in offered}.values())
     limit = SHARED_BYTES.get(chip.capability, SHARED_BYTES[80])
-    wide = x.element_size() // 2  # float32 tiles take half the columns
-    offered = tuple(
-        Config((*c.tile[:2], c.tile[2] // wide, *c.tile[3:]), c.warps, c.stages) for c in offered
-    )
     return tuple(c for c in offered if _shared_bytes(c, x) <= limit) or offered[-1:]
 
 

@@ -11,6 +11,7 @@ from oracles import FAMILIES, hf_model, save
 from tolerances import EFFECT, LOGITS_RELATIVE
 from torch import Tensor
 
+from shardlens.kernels.switch import implementation
 from shardlens.model import ModelConfig, Transformer, load_weights
 from shardlens.model.generation import generate_tokens
 from shardlens.model.load import read_config
@@ -52,9 +53,10 @@ def all_passes(model: Transformer, token_ids: Tensor) -> dict[str, Tensor]:
     """The same text through one pass, through chunks, and token by token at the end."""
     batch, length = token_ids.shape
     chunked, decoded = model.new_cache(batch, length), model.new_cache(batch, length)
-    chunks = [model(part, cache=chunked) for part in token_ids.split(16, dim=1)]
-    steps = [model(token_ids[:, :30], cache=decoded)]
-    steps += [model(token_ids[:, at : at + 1], cache=decoded) for at in range(30, length)]
+    chunks = [model(part, cache=chunked) for part in token_ids.split(length * 2 // 5, dim=1)]
+    first = length * 4 // 5
+    steps = [model(token_ids[:, :first], cache=decoded)]
+    steps += [model(token_ids[:, at : at + 1], cache=decoded) for at in range(first, length)]
     hidden = {"chunks": torch.cat(chunks, 1), "decode": torch.cat(steps, 1)}
     hidden["prefill"] = model(token_ids)
     return {name: local_logits(model, states) for name, states in hidden.items()}
@@ -99,6 +101,33 @@ def test_greedy_text(case: Case, ranks: int, run_ranks: Any) -> None:
 
     for sequences in run_ranks(ranks, body):
         assert sequences == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["llama-biases", "llama3-rope", "qwen2", "qwen3-tied"])
+def test_on_kernels(
+    name: str, ranks: int, tmp_path: Path, run_ranks: Any, device: torch.device
+) -> None:
+    """The same, small, with every operation a Triton kernel: logits of all passes, and text."""
+    case = Case(name, tmp_path / name)
+    token_ids = case.token_ids[:, :10]
+    prompts = [token_ids[0, :3].tolist(), token_ids[1, :6].tolist()]
+
+    def body(parallel: TensorParallel) -> tuple[dict[str, Tensor], list[list[int]]]:
+        model, sequences = case.load(parallel).to(device), [list(prompt) for prompt in prompts]
+        generate_tokens(model, sequences, max_new_tokens=3, samplings=[Sampling()] * 2)
+        return all_passes(model, token_ids.to(device)), sequences
+
+    with implementation("reference"):
+        expected = run_ranks(1, body)[0][1]
+    with implementation("triton"):
+        results = run_ranks(ranks, body)
+    for kind in ("prefill", "chunks", "decode"):
+        logits = torch.cat([passes[kind].cpu() for passes, _ in results], -1)
+        error = (logits - case.logits[:, :10]).abs().max() / case.logits[:, :10].abs().max()
+        assert error <= LOGITS_RELATIVE, kind
+    assert all(sequences == expected for _, sequences in results)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "qwen2", "qwen3"])
