@@ -85,8 +85,8 @@ def _(device: str) -> None:
     head(device, 8, 4096, 16_032, k=64, noise=Noise(one, one))
     for rows in (32, 128):
         head(device, rows, 4096, 128_256, noise=Noise(one, one), group_size=8)
-    norm = {"norm_weight": bf16(device, 4096), "eps": 1e-5}
-    head(device, 33, 4096, 128_256, noise=Noise(one, one), **norm)
+    norm_weight = bf16(device, 4096)
+    head(device, 33, 4096, 128_256, noise=Noise(one, one), norm_weight=norm_weight, eps=1e-5)
 
 
 @case("head_many")
@@ -118,8 +118,8 @@ def _(device: str) -> None:
 def _(device: str) -> None:
     for heads, normed in ((32, False), (64, True)):
         qkv = bf16(device, 8, 1, (heads + 16) * 128)
-        angles = [bf16(device, 8, 1, 1, 64) for _ in range(2)]
-        cache = [bf16(device, 8, 8, 8192, 128) for _ in range(2)]
+        cos, sin = (bf16(device, 8, 1, 1, 64) for _ in range(2))
+        keys, values = (bf16(device, 8, 8, 8192, 128) for _ in range(2))
         positions = torch.empty(8, 1, dtype=torch.int64, device=device)
-        weights = {"q_weight": bf16(device, 128), "k_weight": bf16(device, 128)} if normed else {}
-        rope_qk(qkv, *angles, *cache, positions, eps=1e-6, **weights)
+        weight = bf16(device, 128) if normed else None
+        rope_qk(qkv, cos, sin, keys, values, positions, eps=1e-6, q_weight=weight, k_weight=weight)

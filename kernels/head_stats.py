@@ -22,7 +22,7 @@ from .head_stats_kernel import N_SUMS, head_kernel, merge_kernel
 from .head_stats_reference import HeadStats, Noise, Target, empty_stats, head_stats_reference
 from .language import triton
 from .launch import Chip, Config, chip_of, choose, launch
-from .rmsnorm import rmsnorm_reference
+from .rmsnorm_steer import rmsnorm_reference
 from .switch import use_triton
 
 MOST_K = 64

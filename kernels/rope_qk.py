@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .language import tl, triton
 from .launch import launch
-from .rmsnorm import rmsnorm_reference
+from .rmsnorm_steer import rmsnorm_reference
 from .rope import rope_reference
 from .switch import through_op, use_triton
 

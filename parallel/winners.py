@@ -172,9 +172,7 @@ def _best(values: list[Tensor], k: int, *others: list[Tensor]) -> tuple[Tensor, 
     return best[:, :k], *(torch.cat(other, -1).gather(1, order) for other in others)
 
 
-def _target_logprob(
-    slices: list[HeadStats], target: Target | None, logsumexp: Tensor
-) -> Tensor:
+def _target_logprob(slices: list[HeadStats], target: Target | None, logsumexp: Tensor) -> Tensor:
     """From the streamed logit, so that a target among the winners has the winner's log-prob."""
     if target is None:
         return torch.full_like(logsumexp, torch.nan).float()

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from .interp.output import check_writable
 from .interp.show import WIDTH
 from .interp.trace_files import check_format
+from .kernels.switch import IMPLEMENTATIONS, set_implementation
 from .model.config import DTYPES
 from .model.load import load
 from .model.tokenizer import Tokenizer
@@ -47,6 +48,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="a directory, a Hugging Face hub id, or demo"
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
+    parser.add_argument(
+        "--kernels",
+        choices=IMPLEMENTATIONS,
+        default="auto",
+        help="auto: Triton kernels on CUDA, their PyTorch references elsewhere",
+    )
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
 
 
@@ -64,6 +71,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_session(arguments: argparse.Namespace) -> Session:
     """Join the ranks, check the output files, load the model. Raises ValueError on every rank."""
+    set_implementation(arguments.kernels)
     device = _device(arguments.device)
     parallel = TensorParallel.from_env(device)
     console = Console(highlight=False, quiet=parallel.rank != 0, width=_width())

@@ -103,6 +103,7 @@ BAD = {
     "command": (["look"], "look"),
     "no folder": (["lens", "MODEL", "--prompt", "a", "--json", "/no/folder/x.json"], "/no/folder"),
     "format": (["lens", "MODEL", "--prompt", "a", "--out", "x.csv"], "x.csv"),
+    "kernels": (["lens", "MODEL", "--prompt", "a", "--kernels", "cuda"], "cuda"),
     "device": (["lens", "MODEL", "--prompt", "a", "--device", "tpu"], "tpu"),
 }
 

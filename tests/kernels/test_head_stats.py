@@ -16,7 +16,7 @@ from shardlens.kernels.head_stats_reference import (
     mass_above_reference,
     target_logits_reference,
 )
-from shardlens.kernels.rmsnorm import rmsnorm_reference
+from shardlens.kernels.rmsnorm_steer import rmsnorm_reference
 
 
 def stats_of(x: Tensor, weight: Tensor, **options: object) -> HeadStats:
