@@ -119,9 +119,10 @@ case $1 in
         ;;
     test)
         shift
-        set_up transformers
+        set_up "transformers, xdist"
         cd "$here"
-        exec "$python" -m pytest "$@"
+        # a worker a core, each a file at a time: fixtures of a file are made once
+        exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
         ;;
     demo)
         set_up

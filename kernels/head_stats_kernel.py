@@ -136,7 +136,7 @@ def head_kernel(
     part_values, part_ids,  # [S, R, K2]
     part_sums,  # [S, R, N_SUMS]
     key_values, key_ids, key_logits,  # [S, B, N2]
-    scratch,  # [programs, BR, BV // HALVES]
+    tiles,  # [programs, BR, BV // HALVES]
     n_rows, n_ids, d, x_stride, w_stride, norm_stride,
     share, tile_rows, row_tiles, group_size, n_keyed, first_id, eps,
     K: tl.constexpr, K2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr, BB: tl.constexpr,
@@ -152,7 +152,7 @@ def head_kernel(
     row = tl.minimum(row, n_rows - 1).to(tl.int64)
     start, stop = part * share, tl.minimum(n_ids, (part + 1) * share)
     WIDTH: tl.constexpr = BV // HALVES
-    own_tile = scratch + tl.program_id(0).to(tl.int64) * BR * WIDTH
+    own_tile = tiles + tl.program_id(0).to(tl.int64) * BR * WIDTH
     out = part.to(tl.int64) * n_rows + row
     kept = out[:, None] * K2 + tl.arange(0, K2)[None, :]
     _write_no_winners(part_values + kept, part_ids + kept, inside, BR, K, K2)
@@ -249,8 +249,7 @@ def head_kernel(
                     logit += tl.sum(tl.where(is_target & valid, z, 0.0), 1)
                 if NOISE:
                     z_keyed = tl.load(own_tile + keyed[:, None] * WIDTH + place[None, :])
-                    if SCALED:
-                        z_keyed *= tl.load(scale + keyed, mask=is_keyed, other=0)[:, None]
+                    z_keyed *= tl.gather(factor, keyed, 0)[:, None]
                     seeds = tl.load(seed + keyed, mask=is_keyed, other=0)
                     steps = tl.load(step + keyed, mask=is_keyed, other=0)
                     noise = _gumbel(seeds, steps, first_id + column_id.to(tl.int64))

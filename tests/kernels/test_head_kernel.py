@@ -160,11 +160,14 @@ def test_groups_of_any_length(group: int, device: torch.device) -> None:
 def test_rows_that_are_not_normed_yet(device: torch.device, either: str) -> None:
     x, weight = inputs(9, 300, 100, torch.float32, device)
     norm_weight = torch.rand(100, device=device) + 0.5
-    ours = head_stats(x * 7, weight, k=4, norm_weight=norm_weight, eps=1e-5)
-    plain = head_stats_reference(rmsnorm_reference(x * 7, norm_weight, 1e-5), weight, k=4)
-    assert torch.equal(ours.ids, plain.ids)
-    torch.testing.assert_close(ours.values, plain.values, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.sum_exp, plain.sum_exp, rtol=1e-5, atol=0)
+    scale = torch.rand(9, device=device) + 0.5
+    noise = Noise(torch.arange(3, device=device), torch.arange(3, device=device))
+    options: dict[str, Any] = dict(k=4, scale=scale, noise=noise, group_size=3)
+    ours = head_stats(x * 7, weight, norm_weight=norm_weight, eps=1e-5, **options)
+    normed = rmsnorm_reference(x * 7, norm_weight, 1e-5)
+    plain = head_stats_reference(normed, weight, **options)
+    for name, value in vars(plain).items():
+        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
     unscaled = head_stats_reference(x * 7, weight, k=4)
     assert (unscaled.values - plain.values).abs().max() > 1
 
