@@ -30,11 +30,11 @@ TILE_ROWS = 128
 # Rows and ids of a tile, columns per step, ids of a part, bulk loads; warps; stages.
 FEW: dict[int, tuple[Config, ...]] = {
     16: (Config((16, 128, 128, 64, 1), 4, 4), Config((16, 128, 128, 64, 0), 4, 4)),
-    32: (Config((32, 128, 128, 64, 1), 4, 4), Config((32, 128, 128, 64, 0), 4, 3)),
+    32: (Config((32, 128, 128, 32, 1), 4, 4), Config((32, 128, 64, 32, 0), 4, 4)),
     64: (Config((64, 256, 64, 32, 1), 8, 4), Config((64, 128, 64, 32, 0), 8, 4)),
-    128: (Config((128, 128, 64, 32, 1), 8, 4), Config((128, 128, 64, 32, 0), 8, 3)),
+    128: (Config((128, 128, 64, 16, 1), 8, 4), Config((128, 64, 64, 16, 0), 8, 3)),
 }
-MANY: tuple[Config, ...] = (Config((128, 128, 64, 32, 1), 8, 4),)
+MANY: tuple[Config, ...] = (Config((128, 128, 64, 16, 1), 8, 4),)
 # Twice the ids a tile, for fewer loads an operation; elsewhere than on Hopper it spills.
 MANY_ON_HOPPER = (Config((128, 256, 64, 32, 1), 8, 3), *MANY)
 # Products of float32 are three of tf32, whose operands take registers too.
@@ -60,8 +60,8 @@ def _configs(chip: Chip, n_rows: int, x: Tensor) -> tuple[Config, ...]:
         return (FLOAT32[min(rows, 2 * TILE_ROWS)],)
     many = MANY_ON_HOPPER if chip.capability == 90 else MANY
     offered = FEW[rows] if rows <= TILE_ROWS else many
-    if chip.capability < 90:  # what differs in its loads alone is the same there
-        offered = tuple({c.tile[:4]: c for c in offered}.values())
+    if chip.capability < 90:  # tiles meant for bulk loads need more registers without them
+        offered = tuple(c for c in offered if not c.tile[4]) or offered
     limit = SHARED_BYTES.get(chip.capability, SHARED_BYTES[80])
     return tuple(c for c in offered if _shared_bytes(c, x) <= limit) or offered[-1:]
 
@@ -182,7 +182,7 @@ def _run(
         *vars(out).values(),
         n_rows, n_keyed, n_parts, group_size, first_id,
         K=k, K2=k_2, N=n_best, N2=n_2, S2=triton.next_power_of_2(n_parts), NOISE=n_keyed > 0,
-        num_warps=2,
+        num_warps=2, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
 
 
