@@ -151,3 +151,11 @@ def test_readme_says_what_was_measured() -> None:
     memory = json.loads((ROOT / "bench/results/lens-memory.json").read_text())
     assert f"{100 * memory['peak_share_of_full_logits']:.1f}% of the memory" in readme
     assert f"sent {memory['lens_bytes_sent_per_row_and_rank']:.0f} bytes per row" in readme
+    head = json.loads((ROOT / "bench/results/head-cpu.json").read_text())
+    for row in head["results"]:
+        ours, full = (row["peak_bytes"][arm] / 2**20 for arm in ("streamed", "full"))
+        shape = f"{row['dtype']}, {row['vocab']:,}"
+        assert f"| {shape} | {row['time_ratio']:.2f} | {ours:.1f} | {full:.1f} |" in readme
+    built = json.loads((ROOT / "bench/results/compiled.json").read_text())["kernels"]
+    assert {kernel["capability"] for kernel in built} == {80, 90, 100}
+    assert not any(kernel["spills"] for kernel in built) and "spills no registers" in readme
