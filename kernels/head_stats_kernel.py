@@ -225,19 +225,20 @@ def head_kernel(
                 z = tl.load(own_tile + slot[:, None] * WIDTH + place[None, :]) * factor[:, None]
                 z = tl.where(valid, z, float("-inf"))
                 new_m = tl.maximum(m, tl.max(z, 1))
-                shift = tl.where(new_m > float("-inf"), m - new_m, 0.0)
+                base = tl.where(new_m == float("-inf"), 0.0, new_m)  # as long as all are -inf
+                shift = m - base
                 decay = tl.exp(shift)
                 sum_dev = tl.where(sum_exp > 0, sum_dev + shift * sum_exp, 0.0) * decay
                 if GROUPED:
                     z_ref = tl.load(own_tile + reference[:, None] * WIDTH + place[None, :])
                     z_ref *= tl.gather(factor, reference, 0)[:, None]
-                    weight = tl.exp(z_ref - tl.gather(new_m, reference, 0)[:, None])
-                    gap = tl.where(valid, weight * (z_ref - z), 0.0)
+                    weight = tl.exp(z_ref - tl.gather(base, reference, 0)[:, None])
+                    gap = tl.where(valid & (weight != 0), weight * (z_ref - z), 0.0)
                     cross = cross * tl.gather(decay, reference, 0) + tl.sum(gap, 1)
-                dev = tl.where(valid, z - new_m[:, None], 0.0)
-                exp = tl.where(valid, tl.exp(dev), 0.0)
+                dev = z - base[:, None]
+                exp = tl.exp(dev)
                 sum_exp = sum_exp * decay + tl.sum(exp, 1)
-                sum_dev += tl.sum(exp * dev, 1)
+                sum_dev += tl.sum(tl.where(exp == 0, 0.0, exp * dev), 1)
                 m = new_m
                 if TARGET:
                     target = tl.load(target_ids + row)[:, None]
@@ -320,17 +321,19 @@ def merge_kernel(
     part_exp = tl.load(sums + 1, mask=is_part, other=0)
     part_dev = tl.load(sums + 2, mask=is_part, other=0)
     top = tl.max(part_m, 0)
-    shift = tl.where(is_part, part_m - top, 0.0)
+    shift = part_m - tl.where(top == float("-inf"), 0.0, top)
     decay = tl.exp(shift)
     tl.store(m + row, top)
     tl.store(sum_exp + row, tl.sum(part_exp * decay, 0))
-    tl.store(sum_dev + row, tl.sum((part_dev + shift * part_exp) * decay, 0))
+    moved = tl.where(part_exp > 0, part_dev + shift * part_exp, 0.0)
+    tl.store(sum_dev + row, tl.sum(moved * decay, 0))
     counts = tl.load(sums + 3, mask=is_part, other=0)
     tl.store(above + row, tl.sum(counts, 0).to(tl.int64))
     reference = row // group_size * group_size + group_size - 1
     of_reference = part_sums + (part.to(tl.int64) * n_rows + reference) * _N_SUMS
     ref_m = tl.load(of_reference, mask=is_part, other=float("-inf"))
-    ref_shift = tl.where(is_part, ref_m - tl.max(ref_m, 0), 0.0)
+    ref_top = tl.max(ref_m, 0)
+    ref_shift = ref_m - tl.where(ref_top == float("-inf"), 0.0, ref_top)
     part_cross = tl.load(sums + 4, mask=is_part, other=0)
     tl.store(cross + row, tl.sum(part_cross * tl.exp(ref_shift), 0))
     tl.store(logit + row, tl.sum(tl.load(sums + 5, mask=is_part, other=0), 0))

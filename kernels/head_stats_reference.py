@@ -31,6 +31,7 @@ from .gumbel import gumbel_reference
 ROW_BLOCK = 512
 VOCAB_BLOCK = 2048
 BLOCK_LOGITS = 2**18
+LOWEST = -1e30  # stands for logits of -inf in sums, where 0 * -inf would be NaN
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -196,22 +197,24 @@ class _RowBlock:
         """Rescale what was summed to the new maximum, then add the block's share."""
         stats = self.stats
         new_max = torch.maximum(stats.max, block_max)
-        shift = stats.max - new_max
+        base = new_max.masked_fill(new_max.isneginf(), 0)  # as long as all are -inf
+        shift = stats.max - base
         old_exp, scale = stats.sum_exp, shift.exp()
         # an empty state has max -inf: 0 * -inf would be NaN
         moved = torch.where(old_exp > 0, stats.sum_dev + shift * old_exp, 0) * scale
+        z.clamp_(min=LOWEST)
         if self.group_size > 1:
-            self._cross(z, new_max, scale)
-        dev = z.sub_(new_max[:, None])
+            self._cross(z, base, scale)
+        dev = z.sub_(base[:, None])
         exp = dev.exp()
         stats.sum_exp.copy_(old_exp * scale + exp.sum(-1))
         stats.sum_dev.copy_(moved + exp.mul_(dev).sum(-1))
         stats.max.copy_(new_max)
 
-    def _cross(self, z: Tensor, new_max: Tensor, scale: Tensor) -> None:
+    def _cross(self, z: Tensor, base: Tensor, scale: Tensor) -> None:
         grouped = z.unflatten(0, (-1, self.group_size))  # [n, g, C]
         reference = grouped[:, -1]
-        top = new_max.view(-1, self.group_size)[:, -1]
+        top = base.view(-1, self.group_size)[:, -1]
         weight = (reference - top[:, None]).exp()  # [n, C]
         gap = reference[:, None] - grouped  # [n, g, C]
         cross = self.stats.cross.view(-1, self.group_size)

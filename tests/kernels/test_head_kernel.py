@@ -116,6 +116,21 @@ def test_large_values_in_bf16(device: torch.device) -> None:
     torch.testing.assert_close(stats.values.double(), truth["values"], rtol=1e-6, atol=0)
 
 
+def test_vocabulary_padded_with_minus_infinity(device: torch.device, either: str) -> None:
+    """Ids whose logits are -inf, at either end of the slice, are as if they were not there."""
+    x, weight = torch.rand(6, 16, device=device) + 0.1, torch.randn(509, 16, device=device)
+    weight[:150], weight[400:] = -torch.inf, -torch.inf
+    options: dict[str, Any] = dict(k=4, group_size=3)
+    ours = head_stats(x, weight, **options)
+    inner = head_stats_reference(x, weight[150:400], first_id=150, **options)
+    for name, value in vars(inner).items():
+        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
+    few = head_stats(x, weight[398:], k=4, first_id=398)
+    assert (few.ids[:, :2] >= 398).all() and (few.ids[:, 2:] == -1).all()
+    none = head_stats(x, weight[:100], k=2)
+    assert (none.ids == -1).all() and none.max.isneginf().all() and (none.sum_exp == 0).all()
+
+
 @pytest.mark.parametrize("levels", [1, 3])
 def test_ties_across_tiles_and_shares(levels: int, device: torch.device) -> None:
     """Winners of equal logits are the lowest ids, however the slice is walked."""
