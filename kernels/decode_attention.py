@@ -16,14 +16,13 @@ else be padding (it has 16 at least), so that no more than the output is rounded
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .language import tl, triton
-from .launch import Config, chip_of, choose, launch
+from .launch import Config, chip_of, choose, fewest_parts, launch
 from .switch import through_op, use_triton
 
 MOST_SPLITS = 128
@@ -176,16 +175,10 @@ def _configs(rows: int, width: int, bytes_each: int) -> list[Config]:
     ]
 
 
-@lru_cache
 def split_count(pairs: int, span: int, resident: int) -> int:
-    """The fewest splits with which `pairs` (request, kv head) fill waves of `resident` programs."""
+    """Splits for `pairs` of (request, kv head), where `resident` programs run at once."""
     most = max(1, min(MOST_SPLITS, span // LEAST_POSITIONS))
-    fills = []
-    for splits in range(1, most + 1):
-        waves = -(-pairs * splits // resident)
-        fills.append(pairs * splits / (waves * resident))
-    enough = GOOD_FILL * max(fills)
-    return 1 + next(index for index, fill in enumerate(fills) if fill >= enough)
+    return fewest_parts(pairs, most, resident, GOOD_FILL)
 
 
 def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int | None) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .language import tl, triton
+from .launch import wide
 
 MODES = ("add", "ablate", "clamp", "add_keep_norm")
 ADD, ABLATE, CLAMP, ADD_KEEP_NORM = range(4)
@@ -53,13 +54,8 @@ def table_arguments(edits: Edits | None) -> tuple[tuple[Any, ...], int, int]:
     if edits is None:
         return (None,) * 4, 0, 0
     vectors = edits.vectors if edits.vectors.stride(-1) == 1 else edits.vectors.contiguous()
-    tensors = (vectors, edits.modes, edits.index.contiguous(), edits.scale.contiguous())
-    return tensors, vectors.shape[0], vectors.stride(0)
-
-
-def wide(x: Tensor) -> Tensor:
-    """In the dtype of inner arithmetic: float32, or float64 for inputs of that dtype."""
-    return x if x.dtype == torch.float64 else x.float()
+    others = (t.contiguous() for t in (edits.modes, edits.index, edits.scale))
+    return (vectors, *others), vectors.shape[0], vectors.stride(0)
 
 
 def chosen(edits: Edits, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -25,10 +25,9 @@ from .edits import (
     chosen,
     table_arguments,
     table_row,
-    wide,
 )
 from .language import tl, triton
-from .launch import block_and_warps, launch
+from .launch import block_and_warps, launch, wide
 from .switch import use_triton
 
 _ABLATE, _CLAMP = tl.constexpr(ABLATE), tl.constexpr(CLAMP)

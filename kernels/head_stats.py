@@ -19,9 +19,16 @@ import torch
 from torch import Tensor
 
 from .head_stats_kernel import N_SUMS, head_kernel, merge_kernel
-from .head_stats_reference import HeadStats, Noise, Target, empty_stats, head_stats_reference
+from .head_stats_reference import (
+    HeadStats,
+    Noise,
+    Target,
+    check_groups,
+    empty_stats,
+    head_stats_reference,
+)
 from .language import triton
-from .launch import Chip, Config, chip_of, choose, launch
+from .launch import Chip, Config, chip_of, choose, fewest_parts, launch
 from .rmsnorm_steer import rmsnorm_reference
 from .switch import use_triton
 
@@ -43,9 +50,10 @@ FLOAT32 = {
     32: Config((32, 64, 32, 32, 0), 4, 3),
     64: Config((64, 32, 32, 32, 0), 4, 3),
     128: Config((128, 32, 32, 16, 0), 8, 3),
-    256: Config((128, 32, 32, 16, 0), 8, 3),
 }
 SHARED_BYTES = {80: 160 * 1024, 90: 224 * 1024, 100: 224 * 1024}
+MOST_PROGRAMS = 2  # of a processor: registers hold no more
+GOOD_FILL = 0.97
 INTERPRETED = (128, 64, 64, 0)
 # Told no number, the assembler at times aims lower, for more programs at once, and spills.
 MOST_REGISTERS = 255
@@ -57,31 +65,19 @@ def _configs(chip: Chip, n_rows: int, x: Tensor) -> tuple[Config, ...]:
     if chip.capability == 0:  # the interpreter, whose cost is the number of programs and tiles
         return (Config((min(TILE_ROWS, rows), *INTERPRETED), 4),)
     if x.dtype == torch.float32:
-        return (FLOAT32[min(rows, 2 * TILE_ROWS)],)
+        return (FLOAT32[min(rows, TILE_ROWS)],)
     many = MANY_ON_HOPPER if chip.capability == 90 else MANY
     offered = FEW[rows] if rows <= TILE_ROWS else many
     if chip.capability < 90:  # tiles meant for bulk loads need more registers without them
         offered = tuple(c for c in offered if not c.tile[4]) or offered
-    limit = SHARED_BYTES.get(chip.capability, SHARED_BYTES[80])
-    return tuple(c for c in offered if _shared_bytes(c, x) <= limit) or offered[-1:]
+    return tuple(c for c in offered if _fitting(c, x, chip)) or offered[-1:]
 
 
-def _shared_bytes(config: Config, x: Tensor) -> int:
+def _fitting(config: Config, x: Tensor, chip: Chip) -> int:
+    """How many programs a processor's shared memory holds at once."""
     rows, ids, columns = config.tile[:3]
-    return (rows + ids) * columns * x.element_size() * config.stages
-
-
-def _shares(n_ids: int, row_tiles: int, slots: int, config: Config) -> int:
-    """Ids a program takes: few, large shares that still leave hardly a processor idle."""
-    most = min(triton.cdiv(n_ids, config.tile[1]), slots)
-
-    def busy(shares: int) -> float:
-        programs = row_tiles * shares
-        return programs / (triton.cdiv(programs, slots) * slots)
-
-    best = max(busy(shares) for shares in range(1, most + 1))
-    shares = next(n for n in range(1, most + 1) if busy(n) >= 0.97 * best)
-    return 16 * triton.cdiv(triton.cdiv(n_ids, shares), 16)
+    bytes_each = (rows + ids) * columns * x.element_size() * config.stages
+    return SHARED_BYTES.get(chip.capability, SHARED_BYTES[80]) // bytes_each
 
 
 def _has_bulk_loads(chip: Chip, *tensors: Tensor) -> bool:
@@ -138,11 +134,13 @@ def _run(
     rows, ids, columns, part, wants_bulk = config.tile
     tile_rows = rows if n_rows <= rows else rows // group_size * group_size
     row_tiles = triton.cdiv(n_rows, tile_rows)
-    limit = SHARED_BYTES.get(chip.capability, SHARED_BYTES[80])
-    slots = chip.processors * max(1, min(2, limit // max(1, _shared_bytes(config, x))))
-    share = _shares(n_ids, row_tiles, slots, config)
+    places = chip.processors * max(1, min(MOST_PROGRAMS, _fitting(config, x, chip)))
+    # few, large shares that still leave hardly a processor idle
+    shares = fewest_parts(row_tiles, min(triton.cdiv(n_ids, ids), places), places, GOOD_FILL)
+    share = 16 * triton.cdiv(triton.cdiv(n_ids, shares), 16)
     n_parts = triton.cdiv(n_ids, share)
     n_keyed, n_best = out.key_ids.shape
+    seed, step = (None, None) if noise is None else (noise.seed, noise.step)
     k = out.values.shape[1]
 
     def floats(*shape: int) -> Tensor:
@@ -162,8 +160,8 @@ def _run(
         head_kernel,
         (row_tiles * n_parts,),
         _described(x, [rows, columns], bulk), _described(weight, [ids, columns], bulk),
-        norm_weight, scale, *_target_arguments(target, first_id),
-        *((None, None) if noise is None else (noise.seed, noise.step)),
+        norm_weight, _adjacent(scale), *_target_arguments(target, first_id),
+        _adjacent(seed), _adjacent(step),
         *winners, sums, *keys, tiles,
         n_rows, n_ids, d, x.stride(0), weight.stride(0),
         0 if norm_weight is None else norm_weight.stride(0),
@@ -186,6 +184,10 @@ def _run(
     )  # fmt: skip
 
 
+def _adjacent(row_values: Tensor | None) -> Tensor | None:
+    return None if row_values is None else row_values.contiguous()
+
+
 def _described(matrix: Tensor, block: list[int], bulk: bool) -> Any:
     if not bulk:
         return matrix
@@ -203,9 +205,7 @@ def _target_arguments(target: Target | None, first_id: int) -> tuple[Tensor | No
     return local, target.logits - target.slack, target.logits + target.slack
 
 
-def _in_pieces(
-    x: Tensor, group_size: int, scale: Tensor | None, target: Target | None
-) -> tuple[Tensor, Tensor, int]:
+def _in_pieces(n_rows: int, group_size: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Rows for groups longer than a tile: (index of rows in order, places of the originals, size).
 
     Each group becomes pieces of up to TILE_ROWS rows, each with the reference row as its last.
@@ -213,13 +213,13 @@ def _in_pieces(
     others = group_size - 1
     n_pieces = triton.cdiv(others, TILE_ROWS - 1)
     per_piece = triton.cdiv(others, n_pieces)
-    place = torch.arange(n_pieces * (per_piece + 1), device=x.device).view(n_pieces, -1)
-    piece = torch.arange(n_pieces, device=x.device)[:, None]
+    place = torch.arange(n_pieces * (per_piece + 1), device=device).view(n_pieces, -1)
+    piece = torch.arange(n_pieces, device=device)[:, None]
     in_group = (piece * per_piece + place % (per_piece + 1)).clamp(max=others)
     in_group[:, -1] = others
-    groups = torch.arange(x.shape[0] // group_size, device=x.device)[:, None]
+    groups = torch.arange(n_rows // group_size, device=device)[:, None]
     index = (groups * group_size + in_group.flatten()).flatten()
-    at = torch.arange(others, device=x.device)
+    at = torch.arange(others, device=device)
     at = torch.cat((at // per_piece * (per_piece + 1) + at % per_piece, place[-1:, -1]))
     places = (groups * place.numel() + at).flatten()
     return index, places, per_piece + 1
@@ -246,7 +246,7 @@ def _forward(
     x, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weight))
     run = partial(_launch, weight=weight, first_id=first_id, norm_weight=norm_weight, eps=eps)
     if group_size > TILE_ROWS:
-        index, places, size = _in_pieces(x, group_size, scale, target)
+        index, places, size = _in_pieces(x.shape[0], group_size, x.device)
         stats = run(
             x[index], k=k, scale=None if scale is None else scale[index],
             target=None if target is None else target.rows(index), group_size=size, noise=None,
@@ -344,8 +344,7 @@ def head_stats(
         raise ValueError(f"rows {list(x.shape)} and weight {list(weight.shape)} do not fit")
     if k < 1:
         raise ValueError(f"k of {k} is below 1")
-    if x.shape[0] % group_size:
-        raise ValueError(f"{x.shape[0]} rows are not whole groups of {group_size}")
+    check_groups(x.shape[0], group_size)
     if not torch.compiler.is_compiling():  # nothing here has a gradient
         return _forward(x, weight, k, first_id, scale, target, group_size, noise, norm_weight, eps)
     flat_target = [] if target is None else [target.ids, target.logits, target.slack]

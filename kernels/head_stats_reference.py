@@ -101,8 +101,7 @@ def head_stats_reference(
     Block sizes change speed, memory and rounding; by default vocab_block follows from the rows.
     """
     n_rows, block = x.shape[0], max(1, row_block // group_size) * group_size
-    if n_rows % group_size:
-        raise ValueError(f"{n_rows} rows are not whole groups of {group_size}")
+    check_groups(n_rows, group_size)
     if vocab_block is None:
         vocab_block = min(VOCAB_BLOCK, max(1, BLOCK_LOGITS // min(block, n_rows or 1)))
     n_keyed, n_best = (0, 0) if noise is None else (noise.seed.shape[0], noise.n_best)
@@ -116,6 +115,11 @@ def head_stats_reference(
             z = float_logits(own_x, weight[low : low + vocab_block])
             part.add(z if scale is None else z.mul_(scale[rows, None]), low)
     return out
+
+
+def check_groups(n_rows: int, group_size: int) -> None:
+    if n_rows % group_size:
+        raise ValueError(f"{n_rows} rows are not whole groups of {group_size}")
 
 
 def float_logits(x: Tensor, weight: Tensor) -> Tensor:

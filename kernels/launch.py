@@ -51,6 +51,21 @@ def chip_of(device: torch.device) -> Chip:
 
 
 @lru_cache
+def fewest_parts(tiles: int, most: int, places: int, good: float) -> int:
+    """The fewest parts a tile, up to `most`, with which all programs fill waves of `places`.
+
+    Good enough is that share of the best fill there is.
+    """
+
+    def fill(parts: int) -> float:
+        programs = tiles * parts
+        return programs / (-(-programs // places) * places)
+
+    enough = good * max(fill(parts) for parts in range(1, most + 1))
+    return next(parts for parts in range(1, most + 1) if fill(parts) >= enough)
+
+
+@lru_cache
 def _cuda_chip(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
     return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)
@@ -121,6 +136,11 @@ def rows_of(x: Tensor) -> Tensor:
     """[..., n] as [R, n] with adjacent columns: a view wherever strides allow."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def wide(x: Tensor) -> Tensor:
+    """In the dtype of a reference's inner arithmetic: float32, or float64 for inputs of that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def block_and_warps(d: int, most_warps: int) -> dict[str, int]:

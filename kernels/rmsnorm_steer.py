@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .edits import Edits, edit_reference, edit_row, load_edit, table_arguments, table_row
 from .language import tl, triton
-from .launch import block_and_warps, launch, rows_of
+from .launch import block_and_warps, launch, rows_of, wide
 from .rmsnorm_steer_backward import rmsnorm_steer_backward
 from .switch import needs_gradient, through_op, use_triton
 
@@ -31,8 +31,8 @@ MOST_COLUMNS = 16384
 
 def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., d] -> [..., d] in its dtype; float64 stays float64 inside."""
-    x_wide = x if x.dtype == torch.float64 else x.float()
-    normed = x_wide * torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
+    state = wide(x)
+    normed = state * torch.rsqrt(state.pow(2).mean(-1, keepdim=True) + eps)
     return (weight * normed.to(x.dtype)).to(x.dtype)
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .edits import Edits, wide
+from .edits import Edits
 from .edits_backward import edit_backward
 from .language import tl, triton
-from .launch import block_and_warps, chip_of, launch, rows_of
+from .launch import block_and_warps, chip_of, launch, rows_of, wide
 from .switch import use_triton
 
 # Programs per processor; each has a sum of dw of its own.

@@ -156,7 +156,10 @@ def _forward(
     q = torch.empty((batch, n_tokens, n_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     qkv, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (qkv, cos, sin))
     cos, sin = (x.expand(batch, -1, -1, -1) for x in (cos, sin))
-    norm = q_weight is not None and k_weight is not None
+    weights = qkv, qkv  # which the kernel does not read
+    norm = False
+    if q_weight is not None and k_weight is not None:
+        norm, weights = True, (q_weight.contiguous(), k_weight.contiguous())
     width = triton.next_power_of_2(head_dim // 2)
     heads = max(1, TILE // width)
     launch(
@@ -169,8 +172,7 @@ def _forward(
         keys,
         values,
         positions,
-        q_weight if norm else qkv,
-        k_weight if norm else qkv,
+        *weights,
         *qkv.stride()[:2],
         *cos.stride()[:2],
         *sin.stride()[:2],

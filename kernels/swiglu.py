@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .language import tl, triton
-from .launch import launch, rows_of
+from .launch import launch, rows_of, wide
 from .switch import through_op, use_triton
 
 BLOCK, WARPS = 1024, 4
@@ -29,8 +29,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 def swiglu_backward_reference(dy: Tensor, gate_up: Tensor) -> Tensor:
     """dy [..., f], gate_up [..., 2f] -> gradient to gate_up [..., 2f]."""
-    wide = torch.float64 if gate_up.dtype == torch.float64 else torch.float32
-    gate, up = gate_up.to(wide).chunk(2, dim=-1)
+    gate, up = wide(gate_up).chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
     d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
     return torch.cat((d_gate, dy * gate * sigmoid), -1).to(gate_up.dtype)

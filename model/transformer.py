@@ -236,8 +236,10 @@ def cached_attention(cache: KVCache, positions: Tensor, rope: tuple[Tensor, Tens
     n_tokens = positions.shape[1]
     span = max(cache.lengths) + n_tokens
     lengths = positions[:, 0] + 1
-    index = torch.arange(span, device=positions.device)
-    visible = (index <= positions[..., None])[:, None]  # [B, 1, T, S]
+    visible: Tensor | None = None
+    if n_tokens > 1:
+        index = torch.arange(span, device=positions.device)
+        visible = (index <= positions[..., None])[:, None]  # [B, 1, T, S]
 
     def attend(attn: Attention, layer: int, qkv: Tensor) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
@@ -245,7 +247,7 @@ def cached_attention(cache: KVCache, positions: Tensor, rope: tuple[Tensor, Tens
         if attn.q_norm is not None and attn.k_norm is not None:
             norms = {"q_weight": attn.q_norm.weight, "k_weight": attn.k_norm.weight}
         q = rope_qk(qkv, *rope, keys, values, positions, eps=attn.eps, **norms)
-        if n_tokens == 1:
+        if visible is None:
             return decode_attention(q[:, 0], keys, values, lengths, span=span)[:, None]
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2),

@@ -151,6 +151,15 @@ def test_strided_inputs_and_small_slices(device: torch.device) -> None:
         for name, value in vars(plain).items():
             torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
         assert torch.equal(ours.ids, plain.ids)  # -1 beyond the ids of the slice
+    pairs = torch.rand(7, 2, device=device) + 0.5
+    keyed = torch.arange(6, device=device).view(3, 2)
+    noise = Noise(keyed[:, 0], keyed[:, 1])
+    assert not (pairs[:, 0].is_contiguous() or noise.seed.is_contiguous())
+    with implementation("triton"):
+        ours = head_stats(x, weight, k=3, scale=pairs[:, 0], noise=noise)
+    plain = head_stats_reference(x, weight, k=3, scale=pairs[:, 0], noise=noise)
+    for name, value in vars(plain).items():
+        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
     with implementation("triton"):
         none = head_stats(x, weight[:0], k=5)
     assert (none.ids == -1).all() and none.max.isneginf().all() and (none.sum_exp == 0).all()

@@ -141,6 +141,18 @@ def test_strided_rows_and_a_capture_buffer(device: torch.device, either: str) ->
     assert (buffer[:, [0, 1, 3]] == 7).all()
     rmsnorm_steer(x, weight, EPS, h_out=buffer[:, 0])
     assert torch.equal(buffer[:, 0], x)
+    edits = edits_of(7, 200, x.dtype, device, 0)
+    strided = Edits(
+        edits.vectors.T.contiguous().T,
+        *(t[:, None].repeat(1, 2)[:, 0] for t in (edits.modes, edits.index, edits.scale)),
+    )
+    assert not any(t.is_contiguous() for t in vars(strided).values())
+    for ours, plain in zip(
+        rmsnorm_steer(x, weight, EPS, before=strided),
+        rmsnorm_steer(x, weight, EPS, before=edits),
+        strict=True,
+    ):
+        assert torch.equal(ours, plain)
     apart = wide[:, 0, ::2]
     assert_as_good(
         rmsnorm_steer(apart, weight, EPS)[0],

@@ -130,6 +130,8 @@ def test_strided_and_shared_angles(device: torch.device) -> None:
         dict(sin=torch.randn(4, 3, 1, 10, device=device).transpose(0, 1)),
         dict(keys=by_position),
         dict(values=by_position),
+        dict(q_weight=torch.rand(20, 2, device=device)[:, 0]),
+        dict(k_weight=torch.rand(20, 2, device=device)[:, 0]),
     ):
         check(given | change)
 
