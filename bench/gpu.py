@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ..model.load import default_device
 from .gpu_claims import Claim, claims, print_verdicts, shrunken, verdicts
 from .gpu_suite import TestRun
 from .kernel_arms import BY_NAME, DTYPES, OURS
@@ -32,7 +33,6 @@ from .kernel_plot import plot
 from .kernels import (
     Bench,
     arms_of,
-    default_device,
     measure,
     paths_text,
     print_case,

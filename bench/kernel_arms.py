@@ -11,6 +11,7 @@ may round in another order, by RIVAL_RELATIVE in all.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,19 +47,20 @@ class Cost:
     operations: int
 
 
-class Op:
+class Op(ABC):
     """One operation. `reference` is the eager arm, and what torch.compile is given."""
 
     ours: Callable[..., Any]
     reference: Callable[..., Any]
     names: tuple[str, ...]  # of the results
 
+    @abstractmethod
     def make(self, case: Case, device: torch.device) -> Given:
         """Fresh random arguments."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cost(self, case: Case) -> Cost:
-        raise NotImplementedError
+        """What the work must move and compute."""
 
     def more_arms(self, case: Case) -> dict[str, Arm]:
         """PyTorch's own operator for the same work, where it has one."""

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,10 +72,6 @@ class Bench:
     def drop(self, op: str) -> None:
         """Throw away what was measured of an operation."""
         self.rows = [row for row in self.rows if row["op"] != op]
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def paths_text(device: torch.device) -> str:
@@ -187,17 +182,6 @@ def _figures(times: Times, cost: Cost, rates: Rates) -> Row:
     }
 
 
-def measure_all(
-    bench: Bench, cases: Iterable[Case], *, compiled: bool = True, deadline: float | None = None
-) -> None:
-    """Every case in turn, printed as it comes; past the deadline the rest is skipped, and named."""
-    for case in cases:
-        if deadline is not None and time.monotonic() > deadline:
-            bench.skipped.append(case.label)
-            continue
-        print_case(case, measure(bench, case, compiled=compiled))
-
-
 def print_case(case: Case, rows: Sequence[Row]) -> None:
     print(f"{case.label}   [{' '.join(case.used_by)}]")
     for row in rows:
@@ -258,7 +242,8 @@ def run_grid(
     print(f"{len(chosen)} cases, grid {grid}. {paths_text(device)}.", flush=True)
     with one_thread():
         bench = Bench.on(device)
-        measure_all(bench, chosen)
+        for case in chosen:
+            print_case(case, measure(bench, case))
         result = summary(bench, "kernels") | {"grid": grid}
     print(
         f"copy {result['copy_gb_per_s']} GB/s, matrix product {result['matrix_tflop_per_s']} "

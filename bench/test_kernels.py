@@ -15,9 +15,10 @@ import torch
 from shardlens.bench import rivals
 from shardlens.bench.kernel_arms import BY_NAME, COMPILED, DTYPES, EAGER, OURS
 from shardlens.bench.kernel_checks import Checker
-from shardlens.bench.kernels import arms_of, default_device
+from shardlens.bench.kernels import arms_of
 from shardlens.bench.shapes import Case, cases
 from shardlens.bench.timing import one_thread, synchronize
+from shardlens.model.load import default_device
 
 DEVICE = default_device()
 ROUNDS = {"cuda": 50, "cpu": 3}

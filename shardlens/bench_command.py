@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .bench.kernels import default_device, run_grid
-from .bench.shapes import GRIDS, OPS
+from .bench.kernels import run_grid
+from .bench.shapes import GRIDS, OPS, cases
 from .interp.output import check_writable, write_json
+from .model.load import default_device
 from .session import is_printing_rank
 
 
@@ -44,17 +45,15 @@ def run_kernels(arguments: argparse.Namespace) -> None:
     ops = list(filter(None, arguments.ops.split(",")))
     if not ops:
         raise ValueError(f"no operation is named: there are {', '.join(OPS)}")
-    for op in ops:
-        if op not in OPS:
-            raise ValueError(f"operation {op}: there are {', '.join(OPS)}")
     if arguments.save is not None and not re.fullmatch(r"[\w.-]+", arguments.save):
         raise ValueError(f"--save {arguments.save}: a name of letters, digits, '.', '_' and '-'")
+    device = default_device()
+    grid = arguments.grid or ("full" if device.type == "cuda" else "small")
+    cases(grid, ops)  # refuses unknown names, on every rank
     if not is_printing_rank():
         return
     if arguments.json is not None:
         check_writable(arguments.json)
-    device = default_device()
-    grid = arguments.grid or ("full" if device.type == "cuda" else "small")
     result = run_grid(grid, ops, device, arguments.save)
     if arguments.json is not None:
         write_json(arguments.json, result)
