@@ -218,7 +218,6 @@ def test_command_writes_what_it_says(
     monkeypatch.setattr(kernels, "RESULTS", tmp_path)
     monkeypatch.setattr("shardlens.bench.report.RESULTS", tmp_path)
     monkeypatch.setattr(kernels, "cases", lambda *_: [in_float32(TINY["swiglu"])])
-    monkeypatch.setattr(kernels, "default_device", lambda: CPU)
     monkeypatch.setattr("shardlens.bench_command.default_device", lambda: CPU)
     monkeypatch.setattr(kernels, "SECONDS_PER_CASE", {"cpu": 0.01})
     monkeypatch.setattr(kernels, "SECONDS_FOR_RATES", 0.01)
