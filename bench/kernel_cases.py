@@ -79,14 +79,21 @@ def head(device: str, rows: int, d: int, n_ids: int, k: int = 5, **options: Any)
     head_stats(bf16(device, rows, d), bf16(device, n_ids, d), k=k, **given)
 
 
+def sampled(device: str, n_keyed: int, place: int = 0) -> Noise:
+    keys = torch.empty(n_keyed, dtype=torch.int64, device=device)
+    return Noise(keys, keys, place=place)
+
+
 @case("head_few")
 def _(device: str) -> None:
-    one = torch.empty(1, dtype=torch.int64, device=device)
-    head(device, 8, 4096, 16_032, k=64, noise=Noise(one, one))
+    """Steps of decoding: every request's last row is sampled from, at a temperature of its own."""
+    head(device, 8, 4096, 16_032, k=64, noise=sampled(device, 8))
     for rows in (32, 128):
-        head(device, rows, 4096, 128_256, noise=Noise(one, one), group_size=8)
-    norm_weight = bf16(device, 4096)
-    head(device, 33, 4096, 128_256, noise=Noise(one, one), norm_weight=norm_weight, eps=1e-5)
+        scale = torch.empty(rows, dtype=torch.float32, device=device)
+        noise = sampled(device, rows // 8, place=7)
+        head(device, rows, 4096, 128_256, noise=noise, group_size=8, scale=scale)
+    norm_weight, noise = bf16(device, 4096), sampled(device, 1, place=32)
+    head(device, 33, 4096, 128_256, noise=noise, norm_weight=norm_weight, eps=1e-5)
 
 
 @case("head_many")

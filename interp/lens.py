@@ -2,30 +2,35 @@
 
     logits = W_U · norm_f(h)          h: a tapped state, norm_f: the model's own final norm
 
-The lens of the last `resid_post` is the model's output. States are decoded in blocks of positions
-and streamed over the vocabulary, so memory does not grow with the length of the text.
+The lens of the last `resid_post` is the model's output. States of a prompt are decoded in blocks
+of positions and streamed over the vocabulary, so memory does not grow with the length of the text;
+states of a decode step ride along in the step's own product (see model/step.py).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..model.capture import POINTS, Tap
 from ..model.config import ModelConfig
+from ..model.generation import Place
+from ..model.limits import DECODED_POSITIONS
+from ..model.points import POINTS, Layers, Tap, check_point, parse_layers
+from ..model.reading import pack, width
+from ..model.step import Reader, TargetKind
 from ..model.transformer import Transformer
 from ..parallel.winners import reduce_head
 from .trace import Trace
 
-Layers = Literal["all"] | str | Sequence[int]
 POSITIONS = ("all", "prompt", "generated", "last")
-# States waiting to be decoded together; the head's weight is read once for all of them.
-DECODE_BLOCK = 64
+MODES = ("live", "deferred")
+
+# (request, the newly read positions of it)
+OnLens = Callable[[int, Trace], None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,11 @@ class LensSpec:
     "0-3,8,-1" (negative counts from the end). top_k: winners kept. targets: whose log-prob and
     rank to report: "next" (the token that follows), a token id, or None. positions: "all"; those
     of the "prompt"; "generated", the positions whose prediction was a generated token, so from
-    the prompt's last on; or "last", the prompt's last alone.
+    the prompt's last on; or "last", the prompt's last alone. mode: "live" decodes the states of a
+    generated token in the step that chooses it (with targets="next" in the step after, as the
+    rank of a token can be counted only once it is known); "deferred" keeps the states of
+    RING_TOKENS steps and decodes them together, which costs less where it is not the weight's
+    reading that bounds the product. Both give the same trace.
     """
 
     points: Sequence[str] = ("resid_post",)
@@ -44,6 +53,7 @@ class LensSpec:
     top_k: int = 5
     targets: Literal["next"] | int | None = "next"
     positions: str = "all"
+    mode: str = "live"
 
     def taps(self, config: ModelConfig) -> tuple[Tap, ...]:
         """The places to read, in the order in which data passes through them.
@@ -51,8 +61,7 @@ class LensSpec:
         Raises ValueError naming a point or layer that the model does not have.
         """
         for point in self.points:
-            if point not in POINTS:
-                raise ValueError(f"point {point} does not exist: there are {', '.join(POINTS)}")
+            check_point(point)
         if not self.points:
             raise ValueError("no point is given")
         layers = parse_layers(self.layers, config.n_layers)
@@ -64,6 +73,8 @@ class LensSpec:
         self.taps(config)
         if self.positions not in POSITIONS:
             raise ValueError(f"positions {self.positions}: there are {', '.join(POSITIONS)}")
+        if self.mode not in MODES:
+            raise ValueError(f"lens mode {self.mode}: there are {', '.join(MODES)}")
         if not 1 <= self.top_k <= config.vocab_size:
             raise ValueError(f"top_k {self.top_k} is outside 1 to {config.vocab_size}")
         if isinstance(self.targets, int) and not 0 <= self.targets < config.vocab_size:
@@ -72,114 +83,97 @@ class LensSpec:
             )
 
 
-def parse_layers(layers: Layers, n_layers: int) -> list[int]:
-    """Block numbers in order, without repeats. Raises ValueError naming what does not exist."""
-    if isinstance(layers, str):
-        numbers = list(range(n_layers)) if layers == "all" else _parse_ranges(layers, n_layers)
-    else:
-        numbers = list(layers)
-    for number in numbers:
-        if not -n_layers <= number < n_layers:
-            raise ValueError(
-                f"layer {number} does not exist: the model has layers 0 to {n_layers - 1}"
-            )
-    if not numbers:
-        raise ValueError("no layer is given")
-    return sorted({number % n_layers for number in numbers})
-
-
-def _parse_ranges(text: str, n_layers: int) -> list[int]:
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?\s*", part)
-        if match is None:
-            raise ValueError(f"layers {text!r} cannot be read: write all, or e.g. 0-3,8,-1")
-        first = int(match[1])
-        last = first if match[2] is None else int(match[2])
-        if match[2] is not None:
-            first, last = (number % n_layers if number < 0 else number for number in (first, last))
-            if last < first:
-                raise ValueError(f"layers {part.strip()} runs backwards")
-        numbers += range(first, last + 1) if last < n_layers else [last]
-    return numbers
-
-
 class LensRecorder:
-    """Observer of a generation loop that decodes what it sees into one Trace per request.
+    """Observer of a generation loop that makes one Trace per request.
 
-    `sequences` is the loop's own list, which grows as tokens are chosen. A state whose following
-    token is not known yet waits, because that token may be its target.
+    `sequences` is the loop's own list, which grows as tokens are chosen. With on_lens, what is
+    read is handed over piece by piece instead, and not kept.
     """
 
-    def __init__(self, model: Transformer, spec: LensSpec, sequences: list[list[int]]) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        spec: LensSpec,
+        sequences: list[list[int]],
+        on_lens: OnLens | None = None,
+    ) -> None:
         spec.check(model.config)
-        self.model, self.spec, self.sequences = model, spec, sequences
+        self.model, self.spec, self.sequences, self.on_lens = model, spec, sequences, on_lens
         self.reported = spec.taps(model.config)
         final = Tap(model.config.n_layers - 1, "resid_post")
         # KL is measured from the final layer, which rides along as the last tap of each position
-        self.taps = self.reported if self.reported[-1] == final else (*self.reported, final)
-        self.traces = [Trace.empty(self.reported, spec.top_k) for _ in sequences]
-        self._places: list[tuple[int, int]] = []
-        self._states: list[Tensor] = []
+        taps = self.reported if self.reported[-1] == final else (*self.reported, final)
+        self.reader = Reader(taps, spec.top_k, self._target_kind(), spec.mode == "deferred")
+        self.reads_steps = spec.positions in ("all", "generated")
+        self.fixed_target = spec.targets if isinstance(spec.targets, int) else -1
+        # per request: positions, targets and packed rows, which take less room than traces
+        self.pieces: list[list[tuple[list[int], list[int], Tensor]]] = [[] for _ in sequences]
+
+    def _target_kind(self) -> TargetKind:
+        if self.spec.targets is None:
+            return "none"
+        return "next" if self.spec.targets == "next" else "fixed"
 
     def wants(self, position: int, prompt_length: int) -> bool:
         last_of_prompt = prompt_length - 1
-        if self.spec.positions == "prompt":
-            return position <= last_of_prompt
-        if self.spec.positions == "generated":
-            return position >= last_of_prompt
-        return self.spec.positions == "all" or position == last_of_prompt
+        if self.spec.positions in ("generated", "last"):
+            return position == last_of_prompt
+        return True
 
-    def see(self, places: list[tuple[int, int]], states: Tensor) -> None:
-        self._places += places
-        self._states.append(states)
-        if len(self._places) >= DECODE_BLOCK:
-            self._decode([place for place in self._places if self._next_token(place) >= 0])
+    def decode(self, states: Tensor, following: Tensor) -> Tensor:
+        """See `Observer`."""
+        blocks = zip(
+            states.split(DECODED_POSITIONS), following.split(DECODED_POSITIONS), strict=True
+        )
+        return torch.cat([self._decode_block(block, after) for block, after in blocks])
 
-    def finish(self) -> list[Trace]:
-        """Decode what waits; the traces, one per request, with the ids of their whole text."""
-        self._decode(self._places)
-        for trace, sequence in zip(self.traces, self.sequences, strict=True):
-            trace.input_ids = list(sequence)
-        return self.traces
-
-    def _next_token(self, place: tuple[int, int]) -> int:
-        request, position = place
-        sequence = self.sequences[request]
-        return sequence[position + 1] if position + 1 < len(sequence) else -1
-
-    @torch.inference_mode()
-    def _decode(self, places: list[tuple[int, int]]) -> None:
-        if not places:
-            return
-        chosen = set(places)
-        states = torch.cat(self._states)  # [N, P, d]
-        index = [at for at, place in enumerate(self._places) if place in chosen]
-        kept = [at for at, place in enumerate(self._places) if place not in chosen]
-        waiting = states[kept]
-        for start in range(0, len(index), DECODE_BLOCK):
-            block = index[start : start + DECODE_BLOCK]
-            self._decode_block([self._places[at] for at in block], states[block])
-        self._places = [self._places[at] for at in kept]
-        self._states = [waiting]
-
-    def _decode_block(self, places: list[tuple[int, int]], states: Tensor) -> None:
+    def _decode_block(self, states: Tensor, following: Tensor) -> Tensor:
         n_taps, d = states.shape[1:]
-        targets = torch.tensor([self._target(place) for place in places], device=states.device)
         winners = reduce_head(
-            self.model.norm(states.view(-1, d)),
+            self.model.norm(states.reshape(-1, d)),
             self.model.head,
             k=self.spec.top_k,
-            target_ids=targets.repeat_interleave(n_taps),
+            target_ids=self._target_ids(following, n_taps),
             group_size=n_taps,
         )
-        for request, trace in enumerate(self.traces):
-            rows = [at for at, place in enumerate(places) if place[0] == request]
-            if rows:
-                positions = [places[at][1] for at in rows]
-                trace.extend(positions, targets[rows], winners, rows, n_taps)
+        return pack(winners, self.spec.top_k).unflatten(0, (-1, n_taps))
 
-    def _target(self, place: tuple[int, int]) -> int:
-        if self.spec.targets is None:
-            return -1
-        return self._next_token(place) if self.spec.targets == "next" else int(self.spec.targets)
+    def _target_ids(self, following: Tensor, n_taps: int) -> Tensor | None:
+        if self.reader.target == "none":
+            return None
+        if self.reader.target == "fixed":
+            following = torch.full_like(following, self.fixed_target)
+        return following.repeat_interleave(n_taps)
+
+    def take(self, places: list[Place], rows: Tensor) -> None:
+        """See `Observer`."""
+        for request in dict.fromkeys(request for request, _ in places):
+            index = [at for at, place in enumerate(places) if place[0] == request]
+            positions = [places[at][1] for at in index]
+            targets = [self._target(request, position) for position in positions]
+            own = rows[index, : len(self.reported)]
+            if self.on_lens is None:
+                self.pieces[request].append((positions, targets, own))
+            else:
+                self.on_lens(request, Trace.of_rows(self.reported, positions, targets, own))
+
+    def finish(self) -> list[Trace]:
+        """The traces, one per request, with the ids of their whole text."""
+        traces = []
+        for pieces, sequence in zip(self.pieces, self.sequences, strict=True):
+            positions = [position for piece in pieces for position in piece[0]]
+            targets = [target for piece in pieces for target in piece[1]]
+            nothing = torch.empty(
+                (0, len(self.reported), width(self.spec.top_k)), dtype=torch.int32
+            )
+            rows = torch.cat([nothing, *(piece[2] for piece in pieces)])
+            trace = Trace.of_rows(self.reported, positions, targets, rows)
+            trace.input_ids = list(sequence)
+            traces.append(trace)
+        return traces
+
+    def _target(self, request: int, position: int) -> int:
+        if self.spec.targets != "next":
+            return self.fixed_target
+        sequence = self.sequences[request]
+        return sequence[position + 1] if position + 1 < len(sequence) else -1

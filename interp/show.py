@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..model.capture import Tap
+from ..model.points import Tap
 from .trace import Trace
 
 WIDTH = 100

@@ -11,18 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.capture import Tap
-from ..parallel.winners import Winners
-
-# The measured fields of a Trace, and the field of Winners each is taken from.
-MEASURES = {
-    "token_ids": "token_ids",
-    "logprobs": "logprobs",
-    "entropy": "entropy",
-    "target_logprob": "target_logprob",
-    "target_rank": "target_rank",
-    "kl_to_final": "kl_to_reference",
-}
+from ..model.points import Tap
+from ..model.reading import unpack
 
 
 @dataclass
@@ -66,16 +56,17 @@ class Trace:
             kl_to_final=floats(0, n),
         )
 
-    def extend(
-        self, positions: list[int], targets: Tensor, winners: Winners, rows: list[int], n_taps: int
-    ) -> None:
-        """Append the positions `rows` of winners, whose rows are grouped by n_taps a position."""
-        self.positions = torch.cat((self.positions, torch.tensor(positions)))
-        self.targets = torch.cat((self.targets, targets.cpu()))
-        for name, source in MEASURES.items():
-            measured: Tensor = getattr(winners, source).unflatten(0, (-1, n_taps))
-            new = measured[rows, : len(self.taps)].cpu()
-            setattr(self, name, torch.cat((getattr(self, name), new)))
+    @classmethod
+    def of_rows(
+        cls, taps: tuple[Tap, ...], positions: list[int], targets: list[int], rows: Tensor
+    ) -> Trace:
+        """From packed rows [T, P, width] (see model/reading.py)."""
+        return cls(
+            taps=taps,
+            positions=torch.tensor(positions, dtype=torch.int64),
+            targets=torch.tensor(targets, dtype=torch.int64),
+            **vars(unpack(rows)),
+        )
 
     def name_tokens(self, text_of: Callable[[int], str]) -> None:
         """Fill `names` with text_of(id), such as a tokenizer's `token_text`."""

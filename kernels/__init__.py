@@ -8,6 +8,7 @@ from .edits import MODES, Edits, edit_reference
 from .gumbel import gumbel_reference, philox_reference
 from .head_stats import head_stats
 from .head_stats_reference import HeadStats, Noise, Target, head_stats_reference
+from .linear import linear
 from .rmsnorm_steer import rmsnorm_reference, rmsnorm_steer, rmsnorm_steer_reference
 from .rope import rope_angles_reference, rope_reference
 from .rope_qk import rope_qk, rope_qk_reference
@@ -27,6 +28,7 @@ __all__ = [
     "head_stats",
     "head_stats_reference",
     "implementation",
+    "linear",
     "philox_reference",
     "rmsnorm_reference",
     "rmsnorm_steer",

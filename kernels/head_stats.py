@@ -141,6 +141,7 @@ def _run(
     n_parts = triton.cdiv(n_ids, share)
     n_keyed, n_best = out.key_ids.shape
     seed, step = (None, None) if noise is None else (noise.seed, noise.step)
+    key_place = 0 if noise is None else noise.place
     k = out.values.shape[1]
 
     def floats(*shape: int) -> Tensor:
@@ -165,7 +166,7 @@ def _run(
         *winners, sums, *keys, tiles,
         n_rows, n_ids, d, x.stride(0), weight.stride(0),
         0 if norm_weight is None else norm_weight.stride(0),
-        share, tile_rows, row_tiles, group_size, n_keyed, first_id, eps,
+        share, tile_rows, row_tiles, group_size, n_keyed, key_place, first_id, eps,
         K=k, K2=k_2, N=n_best, N2=n_2, BB=min(rows, triton.next_power_of_2(max(1, n_keyed))),
         BR=rows, BV=ids, BD=columns, BP=min(part, ids // halves), HALVES=halves,
         EVEN_D=d % columns == 0, BULK=bulk, NORMED=norm_weight is None, SCALED=scale is not None,
@@ -264,13 +265,17 @@ def _forward(
             return stats
     if noise is None:
         return stats
-    # Rows to sample from come first and are few; the kernel for many rows has no room for noise.
+    # Rows to sample from are few; the kernel for many rows has no room for noise.
+    sampled = noise.of_rows(x, group_size)
+    sampled_scale = None if scale is None else noise.of_rows(scale, group_size)
     parts = []
     for start in range(0, noise.seed.shape[0], TILE_ROWS):
         rows = slice(start, min(noise.seed.shape[0], start + TILE_ROWS))
-        keyed = Noise(noise.seed[rows], noise.step[rows], noise.n_best)
-        own_scale = None if scale is None else scale[rows]
-        parts.append(run(x[rows], k=1, scale=own_scale, target=None, group_size=1, noise=keyed))
+        keyed = Noise(noise.seed[rows], noise.step[rows], noise.n_best)  # each a group of its own
+        own_scale = None if sampled_scale is None else sampled_scale[rows]
+        parts.append(
+            run(sampled[rows], k=1, scale=own_scale, target=None, group_size=1, noise=keyed)
+        )
     for name in ("key_values", "key_ids", "key_logits"):
         setattr(stats, name, torch.cat([getattr(part, name) for part in parts]))
     return stats
@@ -287,12 +292,13 @@ def _op(
     group_size: int,
     noise: Sequence[Tensor],
     n_best: int,
+    place: int,
     norm_weight: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
     """`head_stats` with its target and noise as lists of tensors, empty for none."""
     own_target = Target(*target) if target else None
-    own_noise = Noise(noise[0], noise[1], n_best) if noise else None
+    own_noise = Noise(noise[0], noise[1], n_best, place) if noise else None
     stats = _forward(
         x, weight, k, first_id, scale, own_target, group_size, own_noise, norm_weight, eps
     )
@@ -310,6 +316,7 @@ def _(
     group_size: int,
     noise: Sequence[Tensor],
     n_best: int,
+    place: int,
     norm_weight: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
@@ -344,13 +351,15 @@ def head_stats(
         raise ValueError(f"rows {list(x.shape)} and weight {list(weight.shape)} do not fit")
     if k < 1:
         raise ValueError(f"k of {k} is below 1")
-    check_groups(x.shape[0], group_size)
+    check_groups(x.shape[0], group_size, noise)
     if not torch.compiler.is_compiling():  # nothing here has a gradient
         return _forward(x, weight, k, first_id, scale, target, group_size, noise, norm_weight, eps)
     flat_target = [] if target is None else [target.ids, target.logits, target.slack]
-    flat_noise, n_best = ([], 0) if noise is None else ([noise.seed, noise.step], noise.n_best)
+    flat_noise, n_best, place = [], 0, 0
+    if noise is not None:
+        flat_noise, n_best, place = [noise.seed, noise.step], noise.n_best, noise.place
     found = torch.ops.shardlens.head_stats(
-        x, weight, k, first_id, scale, flat_target, group_size, flat_noise, n_best,
+        x, weight, k, first_id, scale, flat_target, group_size, flat_noise, n_best, place,
         norm_weight, eps,
     )  # fmt: skip
     return HeadStats(*found)

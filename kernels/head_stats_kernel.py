@@ -138,7 +138,7 @@ def head_kernel(
     key_values, key_ids, key_logits,  # [S, B, N2]
     tiles,  # [programs, BR, BV // HALVES]
     n_rows, n_ids, d, x_stride, w_stride, norm_stride,
-    share, tile_rows, row_tiles, group_size, n_keyed, first_id, eps,
+    share, tile_rows, row_tiles, group_size, n_keyed, key_place, first_id, eps,
     K: tl.constexpr, K2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr, BB: tl.constexpr,
     BR: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, HALVES: tl.constexpr,
     EVEN_D: tl.constexpr, BULK: tl.constexpr, NORMED: tl.constexpr, SCALED: tl.constexpr,
@@ -176,6 +176,7 @@ def head_kernel(
     if NOISE:
         keyed = tl.arange(0, BB)
         is_keyed = keyed < n_keyed
+        keyed_slot = tl.minimum(keyed * group_size + key_place, BR - 1)
         kept_key = (part.to(tl.int64) * n_keyed + keyed)[:, None] * N2 + tl.arange(0, N2)[None, :]
         _write_no_winners(key_values + kept_key, key_ids + kept_key, is_keyed, BB, N, N2)
         worst_key = tl.full([BB], float("-inf"), tl.float32)
@@ -249,8 +250,8 @@ def head_kernel(
                     above += tl.sum(beats.to(tl.float32), 1)
                     logit += tl.sum(tl.where(is_target & valid, z, 0.0), 1)
                 if NOISE:
-                    z_keyed = tl.load(own_tile + keyed[:, None] * WIDTH + place[None, :])
-                    z_keyed *= tl.gather(factor, keyed, 0)[:, None]
+                    z_keyed = tl.load(own_tile + keyed_slot[:, None] * WIDTH + place[None, :])
+                    z_keyed *= tl.gather(factor, keyed_slot, 0)[:, None]
                     seeds = tl.load(seed + keyed, mask=is_keyed, other=0)
                     steps = tl.load(step + keyed, mask=is_keyed, other=0)
                     noise = _gumbel(seeds, steps, first_id + column_id.to(tl.int64))

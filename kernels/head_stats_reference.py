@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 
 from .gumbel import gumbel_reference
+from .linear import linear
 
 # Many rows share each reading (and conversion) of a block of W. Logits of 1 MiB stay in cache: of
-# 2 MiB they take the same time and more memory, of 0.5 MiB more time.
+# 2 MiB they take the same time and more memory, of 0.5 MiB more time. Few rows would have blocks
+# of many ids, which only weights that are widened forbid.
 ROW_BLOCK = 512
-VOCAB_BLOCK = 2048
 BLOCK_LOGITS = 2**18
+WIDENED_BLOCK = 2048
 LOWEST = -1e30  # stands for logits of -inf in sums, where 0 * -inf would be NaN
 EPS = torch.finfo(torch.float32).eps
 
@@ -53,14 +55,22 @@ class Target:
 
 @dataclass(frozen=True)
 class Noise:
-    """The leading B rows are sampled from: keys are z + Gumbel(seed, step, id)."""
+    """One row of each of the first B groups is sampled from: keys are z + Gumbel(seed, step, id).
+
+    It is the row at `place` of the group; where rows stand alone, that is the first B rows.
+    """
 
     seed: Tensor  # [B] int64
     step: Tensor  # [B] int64
     n_best: int = 1
+    place: int = 0
 
-    def rows(self, rows: slice) -> Noise:
-        return Noise(self.seed[rows], self.step[rows], self.n_best)
+    def groups(self, groups: slice) -> Noise:
+        return Noise(self.seed[groups], self.step[groups], self.n_best, self.place)
+
+    def of_rows(self, rows: Tensor, group_size: int) -> Tensor:
+        """The sampled ones of rows [R, ...], a view [B, ...]."""
+        return rows[self.place :: group_size][: self.seed.shape[0]]
 
 
 @dataclass
@@ -97,19 +107,20 @@ def head_stats_reference(
 
     scale [R] multiplies each row's logits before anything else (an inverse temperature).
     group_size: rows come in groups of this many, and the last of each is the reference row of
-    its group. 1 means that there is none, and `cross` is 0. `noise` covers the first B rows.
+    its group. 1 means that there is none, and `cross` is 0.
     Block sizes change speed, memory and rounding; by default vocab_block follows from the rows.
     """
     n_rows, block = x.shape[0], max(1, row_block // group_size) * group_size
-    check_groups(n_rows, group_size)
+    check_groups(n_rows, group_size, noise)
     if vocab_block is None:
-        vocab_block = min(VOCAB_BLOCK, max(1, BLOCK_LOGITS // min(block, n_rows or 1)))
+        vocab_block = _ids_of_block(min(block, n_rows or 1), weight)
     n_keyed, n_best = (0, 0) if noise is None else (noise.seed.shape[0], noise.n_best)
     out = empty_stats(n_rows, n_keyed, n_best, k, x.device)
     for start in range(0, n_rows, block):
         rows = slice(start, min(n_rows, start + block))
-        own_target, own_noise = target and target.rows(rows), noise and noise.rows(rows)
-        part = _RowBlock(_rows_of(out, rows), first_id, group_size, own_target, own_noise)
+        groups = slice(rows.start // group_size, rows.stop // group_size)
+        own_target, own_noise = target and target.rows(rows), noise and noise.groups(groups)
+        part = _RowBlock(_part_of(out, rows, groups), first_id, group_size, own_target, own_noise)
         own_x = x[rows] if x.is_cuda else x[rows].float()  # once, not once a block of ids
         for low in range(0, weight.shape[0], vocab_block):
             z = float_logits(own_x, weight[low : low + vocab_block])
@@ -117,9 +128,22 @@ def head_stats_reference(
     return out
 
 
-def check_groups(n_rows: int, group_size: int) -> None:
+def _ids_of_block(n_rows: int, weight: Tensor) -> int:
+    ids = max(1, BLOCK_LOGITS // n_rows)
+    return ids if weight.dtype == torch.float32 else min(WIDENED_BLOCK, ids)
+
+
+def check_groups(n_rows: int, group_size: int, noise: Noise | None) -> None:
     if n_rows % group_size:
         raise ValueError(f"{n_rows} rows are not whole groups of {group_size}")
+    if noise is None:
+        return
+    if not 0 <= noise.place < group_size:
+        raise ValueError(
+            f"place {noise.place} of the sampled row is outside groups of {group_size}"
+        )
+    if noise.seed.shape[0] > n_rows // group_size:
+        raise ValueError(f"{noise.seed.shape[0]} seeds for {n_rows // group_size} groups of rows")
 
 
 def float_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -129,11 +153,9 @@ def float_logits(x: Tensor, weight: Tensor) -> Tensor:
     no torch operator multiplies bf16 into float32, and oneDNN's rounding of float32 operands is
     a flag of the whole process. So W is widened block by block: 1 / R of the product's work.
     """
-    if x.dtype == torch.float32 and weight.dtype == torch.float32:
-        return x @ weight.T
-    if x.is_cuda and x.dtype == weight.dtype != torch.float64:
+    if x.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x, weight.T, out_dtype=torch.float32)
-    return x.float() @ weight.float().T
+    return linear(x.float(), weight.float())
 
 
 def empty_stats(n_rows: int, n_keyed: int, n_best: int, k: int, device: torch.device) -> HeadStats:
@@ -158,9 +180,14 @@ def empty_stats(n_rows: int, n_keyed: int, n_best: int, k: int, device: torch.de
     )
 
 
-def _rows_of(stats: HeadStats, rows: slice) -> HeadStats:
-    """Views of some rows (keyed rows are the leading ones, so a slice of them fits too)."""
-    return HeadStats(**{name: value[rows] for name, value in vars(stats).items()})
+def _part_of(stats: HeadStats, rows: slice, groups: slice) -> HeadStats:
+    """Views of some rows, which are whole groups."""
+    return HeadStats(
+        **{
+            name: value[groups if name.startswith("key_") else rows]
+            for name, value in vars(stats).items()
+        }
+    )
 
 
 @dataclass
@@ -181,7 +208,7 @@ class _RowBlock:
             self.stats.above += _count_above(z, first_id, self.target)
             self.stats.target_logit += _at_target(z, first_id, self.target)
         if self.noise is not None and self.noise.seed.numel():
-            self._sample(z[: self.noise.seed.shape[0]], self.noise, first_id)
+            self._sample(self.noise.of_rows(z, self.group_size), self.noise, first_id)
         self._sums(z, block_max)
 
     def _winners(self, z: Tensor, block_max: Tensor, first_id: int) -> None:
@@ -192,7 +219,8 @@ class _RowBlock:
         values, ids = self.stats.values, self.stats.ids
         rows = (~(block_max[:, None] <= values[:, -1:]).all(-1)).nonzero()[:, 0]
         if rows.numel():
-            new_values, columns = _block_best(z[rows], min(values.shape[1], z.shape[1]))
+            changed = z if rows.numel() == z.shape[0] else z[rows]
+            new_values, columns = _block_best(changed, min(values.shape[1], z.shape[1]))
             best = values[rows], ids[rows]
             _keep_best(best, (new_values, columns + first_id))
             values[rows], ids[rows] = best
@@ -303,7 +331,7 @@ def mass_above_reference(
     than_ids: Tensor,
     top: Tensor,
     first_id: int = 0,
-    vocab_block: int = VOCAB_BLOCK,
+    vocab_block: int = WIDENED_BLOCK,
 ) -> Tensor:
     """Σ exp(z - top) over the slice's ids that beat each of n candidates: [B, n] float32.
 

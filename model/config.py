@@ -1,20 +1,25 @@
 """What a checkpoint's config.json says, as one frozen record for every family.
 
 Families differ in data only: biases, q/k norms, rope scaling, tied head. Anything this runtime
-does not compute exactly is refused by name.
+does not compute exactly is refused by name. Importing torch takes seconds, and a plan needs none
+of it, so dtypes are kept by name.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEMO = Path(__file__).parent / "demo"
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,12 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     tied_head: bool
-    dtype: torch.dtype
+    dtype_name: str
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.dtype_name)
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
@@ -77,6 +86,53 @@ class ModelConfig:
             return _parse(raw)
         except KeyError as missing:
             raise ValueError(f"config.json lacks {missing}") from None
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name in DTYPE_BYTES."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def find_config(source: str | Path) -> Path:
+    """The config.json of "demo", a directory or a hub id, of which nothing else is fetched.
+
+    A path to such a file stands for itself.
+    """
+    if str(source) == "demo":
+        return DEMO / "config.json"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path / "config.json"
+    if path.is_file():
+        return path
+    with hub_errors(str(source)):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(str(source), "config.json"))
+
+
+@contextmanager
+def hub_errors(source: str) -> Iterator[None]:
+    """For a block that fetches from the hub: whatever goes wrong there is a ValueError.
+
+    So is a `source` that cannot be a hub id, before anything is asked of the hub.
+    """
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) is None:
+        raise ValueError(
+            f"{source} is no directory (and no hub id such as Qwen/Qwen3-4B, nor demo)"
+        )
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{source} is no local directory and could not be fetched from the hub: {reason}"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,7 +173,7 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
         mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=family.qk_norm,
         tied_head=bool(raw.get("tie_word_embeddings", False)),
-        dtype=_dtype(raw),
+        dtype_name=_dtype_name(raw),
         eos_token_ids=token_id_tuple(eos),
     )
 
@@ -174,8 +230,8 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     raise ValueError(f"rope type {kind} is not supported: only default, linear and llama3 are")
 
 
-def _dtype(raw: Mapping[str, Any]) -> torch.dtype:
+def _dtype_name(raw: Mapping[str, Any]) -> str:
     name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name} is not supported: only {', '.join(DTYPES)} are")
-    return DTYPES[name]
+    if name not in DTYPE_BYTES:
+        raise ValueError(f"dtype {name} is not supported: only {', '.join(DTYPE_BYTES)} are")
+    return name

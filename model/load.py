@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import torch
 
 from ..parallel.collectives import agreed
 from ..parallel.group import TensorParallel, default_device_type
-from .config import ModelConfig, read_json, token_id_tuple
+from .config import DEMO, ModelConfig, hub_errors, read_json, token_id_tuple
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 from .weights import load_weights
 
-DEMO = Path(__file__).parent / "demo"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
@@ -27,12 +25,14 @@ def load(
     parallel: TensorParallel | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    check: Callable[[ModelConfig, Tokenizer], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of `source`, this rank's share of it.
 
     source: "demo", a directory in Hugging Face layout, or a hub id such as "Qwen/Qwen3-4B".
     dtype defaults to the checkpoint's, device to this rank's CUDA device where there is one.
+    check(config, tokenizer) may raise ValueError before any memory is taken for weights.
     on_progress(done, total) counts parameters filled. The tokenizer is also `model.tokenizer`.
     If any rank fails, every rank raises: ValueError for whatever is wrong with the files.
     """
@@ -41,6 +41,10 @@ def load(
     with agreed(parallel):
         config = read_config(directory)
         tokenizer = Tokenizer.from_directory(directory)
+        if check is not None:
+            check(config, tokenizer)
+    # On its own: a rank that took memory already would leave the others less of it to check.
+    with agreed(parallel):
         model = Transformer(
             config,
             parallel=parallel,
@@ -67,10 +71,6 @@ def resolve(source: str | Path, parallel: TensorParallel) -> Path:
     directory = Path(source).expanduser()
     if directory.is_dir():
         return directory
-    if not _is_hub_id(str(source)):
-        raise ValueError(
-            f"{source} is no directory (and no hub id such as Qwen/Qwen3-4B, nor demo)"
-        )
     # The first rank of every machine downloads; the others then find the files in its cache.
     first = int(os.environ.get("LOCAL_RANK", parallel.rank)) == 0
     found = None
@@ -81,21 +81,11 @@ def resolve(source: str | Path, parallel: TensorParallel) -> Path:
     return found
 
 
-def _is_hub_id(source: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) is not None
-
-
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    with hub_errors(hub_id):
+        from huggingface_hub import snapshot_download
 
-    try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{hub_id} is no local directory and could not be fetched from the hub: {reason}"
-        ) from None
 
 
 def read_config(directory: Path) -> ModelConfig:

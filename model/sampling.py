@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.gumbel import gumbel_reference
 from ..kernels.head_stats_reference import Noise
 from ..parallel.vocab import VocabHead
-from ..parallel.winners import mass_above, reduce_head
+from ..parallel.winners import Winners, mass_above, reduce_head
 
 # Winners looked at before a nucleus is taken to be wider than them.
 NUCLEUS_WINNERS = 64
@@ -66,66 +66,83 @@ class Sampling:
         return self.limit or (NUCLEUS_WINNERS if self.top_p < 1 else 1)
 
 
-def next_tokens(
-    x: Tensor, head: VocabHead, samplings: Sequence[Sampling], steps: Sequence[int]
-) -> list[int]:
-    """One token per row of x [B, d] (normed), the same on every rank.
+class SamplingTable:
+    """How each of B requests draws, in device memory; a captured step follows its changes."""
 
-    steps: per row, how many tokens were drawn before; with the seed it keys the noise. Raises
-    ValueError where logits are not finite, as when a model overflows its dtype.
+    def __init__(self, batch: int, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.scale = torch.ones(batch, dtype=torch.float32, device=device)
+        self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.limit = torch.ones(batch, dtype=torch.int64, device=device)
+        self.top_p = torch.ones(batch, dtype=torch.float64, device=device)
+
+    @classmethod
+    def of(
+        cls, samplings: Sequence[Sampling], vocab_size: int, device: torch.device
+    ) -> SamplingTable:
+        table = cls(len(samplings), vocab_size, device)
+        table.fill(samplings)
+        return table
+
+    def fill(self, samplings: Sequence[Sampling]) -> None:
+        """Set the first requests; the rest keep what they had."""
+        values = {
+            "scale": [1 / (s.temperature or 1.0) for s in samplings],
+            "seed": [s.seed for s in samplings],
+            "limit": [s.limit or self.vocab_size for s in samplings],
+            "top_p": [s.top_p for s in samplings],
+        }
+        for name, column in values.items():
+            own: Tensor = getattr(self, name)
+            own[: len(samplings)] = torch.tensor(column, dtype=own.dtype, device=own.device)
+
+
+def winners_needed(samplings: Sequence[Sampling], vocab_size: int) -> int:
+    """How many global winners a batch's draws look at."""
+    return min(vocab_size, max(s.winners_needed for s in samplings))
+
+
+def draw(winners: Winners, table: SamplingTable, step: Tensor) -> tuple[Tensor, Tensor]:
+    """(token [B], whether it is not known yet [B]) from the winners of B rows, nothing on the host.
+
+    The rows' logits are scaled by table.scale; their Gumbel winners were keyed by table.seed and
+    step [B], the number of tokens drawn before. A token is not known where a nucleus is wider
+    than the winners at hand: `draw_wide` finds it.
     """
-
-    def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=x.device)
-
-    vocab_size = head.vocab.full
-    scale = column([1 / (s.temperature or 1.0) for s in samplings], torch.float32)
-    noise = Noise(
-        column([s.seed for s in samplings], torch.int64), column(list(steps), torch.int64)
-    )
-    limit = column([s.limit or vocab_size for s in samplings], torch.int64)[:, None]
-    top_p = column([s.top_p for s in samplings], torch.float64)[:, None]
-    unlimited = any(s.limit == 0 for s in samplings)
-    k = min(vocab_size, max(s.winners_needed for s in samplings))
-    winners = reduce_head(x, head, k=k, scale=scale, noise=noise if unlimited else None)
-    if not winners.logsumexp.isfinite().all():
-        raise ValueError("the logits are not finite: run the model in bfloat16 or float32")
-
-    place = torch.arange(k, device=x.device)
+    k = winners.token_ids.shape[1]
+    limit, top_p = table.limit[:, None], table.top_p[:, None]
+    place = torch.arange(k, device=limit.device)
     mass = winners.logprobs.double().exp() * (place < limit)  # [B, k]
-    mass = torch.where(limit < vocab_size, mass / mass.sum(-1, keepdim=True), mass)
+    mass = torch.where(limit < table.vocab_size, mass / mass.sum(-1, keepdim=True), mass)
     nucleus = (mass.cumsum(-1) - mass < top_p) | (top_p == 1)
-    keys = winners.logits + gumbel_reference(
-        noise.seed[:, None], noise.step[:, None], winners.token_ids
-    )
+    keys = winners.logits + gumbel_reference(table.seed[:, None], step[:, None], winners.token_ids)
     best = keys.masked_fill(~(nucleus & (place < limit)), -torch.inf).argmax(-1, keepdim=True)
     tokens = winners.token_ids.gather(1, best)[:, 0]
-    if unlimited:
-        no_limit = (limit == vocab_size)[:, 0]
-        plain = no_limit & (top_p == 1)[:, 0]
-        tokens = torch.where(plain, winners.key_ids[:, 0], tokens)
-        wide = no_limit & ~plain & (mass.sum(-1) < top_p[:, 0])
-        if k < vocab_size and wide.any():
-            rows = wide.nonzero()[:, 0]
-            tokens[rows] = _from_wide_nucleus(x[rows], head, top_p[rows], scale[rows], noise, rows)
-    return [int(token) for token in tokens.tolist()]
+    unlimited = table.limit == table.vocab_size
+    plain = unlimited & (table.top_p == 1)
+    tokens = torch.where(plain, winners.key_ids[:, 0], tokens)
+    is_wide = unlimited & ~plain & (mass.sum(-1) < table.top_p)
+    return tokens, is_wide if k < table.vocab_size else torch.zeros_like(is_wide)
 
 
-def _from_wide_nucleus(
-    x: Tensor, head: VocabHead, top_p: Tensor, scale: Tensor, noise: Noise, rows: Tensor
+def draw_wide(
+    x: Tensor, head: VocabHead, table: SamplingTable, step: Tensor, rows: Tensor
 ) -> Tensor:
-    """Draws for x [B, d] from nuclei wider than the winners at hand; noise is that of all rows.
+    """Tokens of normed rows x [B, d] whose nucleus is wider than the winners; waits for results.
+
+    rows [B] int64: the requests of `table` that the rows belong to; step [B].
 
     An id lies in the nucleus if the ids that beat it hold less than top_p. Among those that do,
     the largest Gumbel key decides; so the first id in the order of keys that lies in it is the
     draw. The likeliest id always lies in it, so the search ends.
     """
+    top_p, scale, seed = table.top_p[rows][:, None], table.scale[rows], table.seed[rows]
     tokens = rows.clone()
     pending = torch.arange(rows.shape[0], device=x.device)
     n_best = NUCLEUS_TRIES
     while pending.numel():
         n_best = min(n_best, head.vocab.full)
-        tries = Noise(noise.seed[rows[pending]], noise.step[rows[pending]], n_best)
+        tries = Noise(seed[pending], step[pending], n_best)
         tried = reduce_head(x[pending], head, k=1, scale=scale[pending], noise=tries)
         mass = mass_above(x[pending], head, scale=scale[pending], than=tried)
         inside = mass < top_p[pending]  # [B, n]

@@ -7,7 +7,8 @@ the fusion of its parts.
 
 from __future__ import annotations
 
-from ..parallel.group import TensorParallel
+from typing import TYPE_CHECKING
+
 from ..parallel.shard import (
     Placed,
     Span,
@@ -18,6 +19,9 @@ from ..parallel.shard import (
     whole,
 )
 from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from ..parallel.group import TensorParallel
 
 # parameter -> the checkpoint tensors that fill it, in order
 Placements = dict[str, tuple[Placed, ...]]

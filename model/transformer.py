@@ -8,13 +8,14 @@ between blocks are whole, and the same, on every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.decode_attention import decode_attention
+from ..kernels.edits import Edits
 from ..kernels.rmsnorm_steer import rmsnorm_steer
 from ..kernels.rope import rope_angles_reference, rope_reference
 from ..kernels.rope_qk import rope_qk
@@ -23,13 +24,14 @@ from ..parallel.group import TensorParallel
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.shard import Span
 from ..parallel.vocab import VocabEmbedding, VocabHead
+from .access import NO_ACCESS, Access
 from .cache import KVCache
-from .capture import no_capture
 from .config import ModelConfig, RopeScaling
+from .points import Tap
 from .sharding import rank_spans
+from .steering import NO_EDITS, EditTable, SiteEdits
 from .tokenizer import Tokenizer
 
-CaptureFn = Callable[[int, str, Tensor], None]
 # (the block's attention, its number, q, k, v fused [B, T, (H + 2K) D]) -> mixed [B, T, H, D]
 AttendFn = Callable[["Attention", int, Tensor], Tensor]
 
@@ -43,9 +45,23 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rmsnorm_steer(x, self.weight, self.eps)[0]
 
-    def of_sum(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm of x + residual, the sum): one pass for both."""
-        return rmsnorm_steer(x, self.weight, self.eps, residual=residual)
+    def of_sum(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        *,
+        before: Edits | None = None,
+        after: Edits | None = None,
+        h_out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, the sum), both edited on the way: one pass for all."""
+        return rmsnorm_steer(
+            x, self.weight, self.eps, residual=residual, before=before, after=after, h_out=h_out
+        )
+
+    def edited(self, x: Tensor, edits: Edits | None) -> Tensor:
+        """x with its edits: the norm's kernel edits what it reads, and the norm is left unused."""
+        return x if edits is None else self.of_sum(x, None, before=edits)[1]
 
 
 class Attention(nn.Module):
@@ -93,26 +109,55 @@ class Block(nn.Module):
         self.mlp = MLP(config, spans, parallel)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, layer: int, attend: AttendFn, capture: CaptureFn
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        layer: int,
+        attend: AttendFn,
+        access: Access = NO_ACCESS,
+        edits: SiteEdits = NO_EDITS,
     ) -> tuple[Tensor, Tensor]:
         """(resid_mid, mlp_out), whose sum is this block's resid_post.
 
         The residual entering the block is x + delta in the same way: the norm that reads the sum
-        is the pass that forms it.
+        is the pass that forms it, edits it and writes it where it is tapped.
         """
-        normed, x = self.attn_norm.of_sum(x, delta)
-        if layer:
-            capture(layer - 1, "resid_post", x)
-        capture(layer, "resid_pre", x)
-        capture(layer, "attn_norm", normed)
-        attn_out = self.attn(normed, layer, attend)
-        capture(layer, "attn_out", attn_out)
-        normed, x = self.mlp_norm.of_sum(x, attn_out)
-        capture(layer, "resid_mid", x)
-        capture(layer, "mlp_norm", normed)
-        mlp_out = self.mlp(normed)
-        capture(layer, "mlp_out", mlp_out)
+        normed, x = self._normed(
+            self.attn_norm, x, delta, layer, ("resid_pre", "attn_norm"), access, edits
+        )
+        attn_out = self.attn_norm.edited(
+            self.attn(normed, layer, attend), edits.at(Tap(layer, "attn_out"))
+        )
+        access.read(Tap(layer, "attn_out"), attn_out)
+        normed, x = self._normed(
+            self.mlp_norm, x, attn_out, layer, ("resid_mid", "mlp_norm"), access, edits
+        )
+        mlp_out = self.mlp_norm.edited(self.mlp(normed), edits.at(Tap(layer, "mlp_out")))
+        access.read(Tap(layer, "mlp_out"), mlp_out)
         return x, mlp_out
+
+    @staticmethod
+    def _normed(
+        norm: RMSNorm,
+        x: Tensor,
+        delta: Tensor | None,
+        layer: int,
+        points: tuple[str, str],
+        access: Access,
+        edits: SiteEdits,
+    ) -> tuple[Tensor, Tensor]:
+        """(the norm's output, the residual it read), which are the two `points`."""
+        residual, output = (Tap(layer, point) for point in points)
+        normed, x = norm.of_sum(
+            x,
+            delta,
+            before=edits.at(residual),
+            after=edits.at(output),
+            h_out=access.into(residual),
+        )
+        access.read(residual, x)
+        access.read(output, normed)
+        return normed, x
 
 
 class Transformer(nn.Module):
@@ -146,6 +191,7 @@ class Transformer(nn.Module):
         self._tie_head()
         self._inv_freq = inverse_frequencies(config)
         self.tokenizer: Tokenizer | None = None
+        self.engine: object | None = None  # of the last generation: see `engine.py`
 
     def _tie_head(self) -> None:
         if self.config.tied_head:
@@ -183,17 +229,19 @@ class Transformer(nn.Module):
         token_ids: Tensor,
         *,
         cache: KVCache | None = None,
-        counts: Sequence[int] | None = None,
-        capture: CaptureFn = no_capture,
+        counts: Tensor | None = None,
+        access: Access = NO_ACCESS,
+        edits: EditTable | None = None,
     ) -> Tensor:
         """Residual stream after the last block, before the final norm.
 
         token_ids [B, T] int64; with a cache they follow what each request already holds.
-        counts: how many of the T tokens of each request are real (default all); the rest is
-        right padding whose output means nothing. Returns [B, T, d]. Differentiable without a
-        cache. Raises ValueError where the cache is too small.
+        counts [B] int64: how many of the T tokens of each request are real (default all); the
+        rest is right padding whose output means nothing. access is shown the states on the way,
+        edits change them. Returns [B, T, d]. Differentiable without a cache. Raises ValueError
+        where the cache is too small.
         """
-        batch, n_tokens = token_ids.shape
+        n_tokens = token_ids.shape[1]
         if cache is None:
             positions = torch.arange(n_tokens, device=token_ids.device)[None]
         else:
@@ -203,15 +251,18 @@ class Transformer(nn.Module):
         attend = (
             causal_attention(rope) if cache is None else cached_attention(cache, positions, rope)
         )
+        at_sites = NO_EDITS if edits is None else edits.at(positions.expand_as(token_ids))
         x: Tensor = self.embed(token_ids)
         delta: Tensor | None = None
         for layer, block in enumerate(self.blocks):
-            x, delta = block(x, delta, layer, attend, capture)
+            x, delta = block(x, delta, layer, attend, access, at_sites)
         assert delta is not None
-        x = x + delta
-        capture(len(self.blocks) - 1, "resid_post", x)
+        last = Tap(len(self.blocks), "resid_pre")
+        x = self.norm.edited(x + delta, at_sites.at(last))
+        access.read(last, x)
         if cache is not None:
-            cache.advance(counts if counts is not None else [n_tokens] * batch)
+            longest = min(cache.capacity, cache.longest + n_tokens)
+            cache.advance(n_tokens if counts is None else counts, longest)
         return x
 
 
@@ -234,7 +285,7 @@ def causal_attention(rope: tuple[Tensor, Tensor]) -> AttendFn:
 def cached_attention(cache: KVCache, positions: Tensor, rope: tuple[Tensor, Tensor]) -> AttendFn:
     """Tokens at absolute `positions` [B, T] over the cache, which they are written to first."""
     n_tokens = positions.shape[1]
-    span = max(cache.lengths) + n_tokens
+    span = cache.longest + n_tokens
     lengths = positions[:, 0] + 1
     visible: Tensor | None = None
     if n_tokens > 1:

@@ -22,6 +22,21 @@ class Traffic:
         self.sent_bytes[collective] = self.sent_bytes.get(collective, 0) + sent_bytes
         self.calls[collective] = self.calls.get(collective, 0) + 1
 
+    def copy(self) -> Traffic:
+        return Traffic(dict(self.sent_bytes), dict(self.calls))
+
+    def since(self, before: Traffic) -> Traffic:
+        """What was added since `before`, a copy of an earlier time."""
+        return Traffic(
+            {name: n - before.sent_bytes.get(name, 0) for name, n in self.sent_bytes.items()},
+            {name: n - before.calls.get(name, 0) for name, n in self.calls.items()},
+        )
+
+    def add_all(self, other: Traffic) -> None:
+        for name, calls in other.calls.items():
+            self.calls[name] = self.calls.get(name, 0) + calls
+            self.sent_bytes[name] = self.sent_bytes.get(name, 0) + other.sent_bytes[name]
+
     @property
     def total_bytes(self) -> int:
         return sum(self.sent_bytes.values())

@@ -10,9 +10,9 @@ sums the gradient of x over ranks and the row layer passes its gradient through.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
+from ..kernels.linear import linear
 from .collectives import copy_to_ranks, reduce_from_ranks
 from .group import TensorParallel
 
@@ -36,7 +36,7 @@ class ColumnLinear(_ShardedLinear):
     """This rank's `out_size` output features: x [..., in] the same on each rank -> [..., out]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(copy_to_ranks(x, self.parallel), self.weight, self.bias)
+        return linear(copy_to_ranks(x, self.parallel), self.weight, self.bias)
 
 
 class RowLinear(_ShardedLinear):
@@ -46,5 +46,5 @@ class RowLinear(_ShardedLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        y = reduce_from_ranks(F.linear(x, self.weight), self.parallel)
+        y = reduce_from_ranks(linear(x, self.weight), self.parallel)
         return y if self.bias is None else y + self.bias

@@ -62,9 +62,9 @@ def reduce_head(
 ) -> Winners:
     """What the head says of normed rows x [R, d], the same on every rank.
 
-    target_ids [R] int64, -1 for none. group_size: KL is taken from the last row of every group
-    of this many rows. scale, noise: see `head_stats`. Raises ValueError where k
-    exceeds the vocabulary or a target lies outside it.
+    target_ids [R] int64; one outside the vocabulary, such as -1, is none. group_size: KL is taken
+    from the last row of every group of this many rows. scale, noise: see `head_stats`. Nothing
+    waits for results on the host. Raises ValueError where k exceeds the vocabulary.
     """
     if not 1 <= k <= head.vocab.full:
         raise ValueError(f"top-k of {k} is outside 1 to {head.vocab.full}, the vocabulary's size")
@@ -99,8 +99,8 @@ def mass_above(x: Tensor, head: VocabHead, *, scale: Tensor, than: Winners) -> T
 
 
 def _target(x: Tensor, head: VocabHead, target_ids: Tensor, scale: Tensor | None) -> Target:
-    if target_ids.numel() and not -1 <= target_ids.min() <= target_ids.max() < head.vocab.full:
-        raise ValueError(f"a target id is outside the vocabulary of {head.vocab.full}")
+    # one outside the vocabulary counts as none: to refuse it, the host would have to wait
+    target_ids = target_ids.where(target_ids < head.vocab.full, -1)
     own = target_logits_reference(x, head.valid_weight, target_ids, first_id=head.vocab.start)
     logits, slack = all_reduce(own, head.parallel).unbind(-1)
     if scale is not None:

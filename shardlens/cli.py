@@ -10,17 +10,25 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-import torch.distributed as dist
-
-from . import bench_command, generate_command, lens_command
-from .session import is_printing_rank
+# Each is a module NAME_command, imported only when it is asked for: most bring torch.
+COMMANDS = {
+    "lens": "what each layer would have said at each position",
+    "generate": "continue a prompt",
+    "plan": "does a model fit, and how fast can it be at most",
+    "bench": "measure this machine",
+}
 
 # torchrun answers 1 for whatever code its ranks end with. A launcher that wants the true code
 # names a file here; then a rank that refuses bad input writes its code there and ends with 0.
 EXIT_CODE_FILE = "SHARDLENS_EXIT_CODE_FILE"
+
+
+def is_printing_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,30 +36,42 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(asked: str | None = None) -> argparse.ArgumentParser:
+    """Of the command `asked`; the others are only listed."""
     parser = _Parser(
         prog="shardlens",
         description="Read and steer LLaMA and Qwen models too large for one GPU, while they run.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (lens_command, generate_command, bench_command):
-        module.add_to(commands)
+    for name, what in COMMANDS.items():
+        if name == asked:
+            import_module(f".{name}_command", __package__).add_to(commands)
+        else:
+            commands.add_parser(name, help=what)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    asked = next((word for word in words if not word.startswith("-")), None)
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser(asked).parse_args(words)
         arguments.run(arguments)
     except ValueError as error:
         return _refuse(str(error))
     finally:
         # After an error of this rank alone the others may wait in a collective: tearing the group
         # down would wait for them, leaving lets them see the closed connection.
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+        if sys.exc_info()[0] is None:
+            _leave_ranks()
     return 0
+
+
+def _leave_ranks() -> None:
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _refuse(message: str) -> int:

@@ -18,6 +18,7 @@ from .session import (
     add_output_arguments,
     open_session,
     prompt_ids,
+    run_needs,
 )
 
 
@@ -37,7 +38,8 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    session = open_session(arguments)
+    spec = LensSpec() if arguments.out else None
+    session = open_session(arguments, run_needs(arguments, spec))
     prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)
     check_prompts(session.model, [prompt], arguments.max_new_tokens)
     session.console.print(f"[dim]{escape(arguments.prompt)}[/]", end="")
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         prompt,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
-        lens=LensSpec() if arguments.out else None,
+        lens=spec,
         on_token=printer.push,
     )
     printer.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from rich.markup import escape
@@ -10,7 +11,7 @@ from rich.markup import escape
 from .interp.lens import LensSpec
 from .interp.output import write_json
 from .interp.show import print_trace
-from .model.capture import POINTS
+from .model.points import POINTS
 from .run import Result, generate
 from .session import (
     add_model_arguments,
@@ -18,6 +19,7 @@ from .session import (
     open_session,
     progress,
     prompt_ids,
+    run_needs,
 )
 
 
@@ -43,15 +45,16 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    session = open_session(arguments)
     target = arguments.target
     spec = LensSpec(
         points=tuple(arguments.points.split(",")),
         layers=arguments.layers,
         top_k=arguments.top_k,
-        targets="next" if target is None else session.tokenizer.single_token(target),
         positions=arguments.positions,
     )
+    session = open_session(arguments, run_needs(arguments, spec))
+    if target is not None:
+        spec = dataclasses.replace(spec, targets=session.tokenizer.single_token(target))
     prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)
     with progress("reading", shown=session.prints) as on_progress:
         result = generate(

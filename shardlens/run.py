@@ -8,10 +8,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from .interp.lens import Layers, LensRecorder, LensSpec
+from .interp.lens import LensRecorder, LensSpec, OnLens
 from .interp.trace import Trace
 from .model.generation import OnProgress, OnToken, generate_tokens
+from .model.points import Layers
 from .model.sampling import Sampling
+from .model.steering import Steering
 from .model.transformer import Transformer
 
 Prompt = str | Sequence[int] | Tensor
@@ -36,18 +38,23 @@ def lens(
     top_k: int = 5,
     targets: Literal["next"] | int | None = "next",
     positions: str = "all",
+    steering: Sequence[Steering] = (),
     on_progress: OnProgress | None = None,
 ) -> Trace:
     """What each layer would have predicted at each position of a text.
 
-    token_ids: ids as a sequence or [T] tensor, or text if the model has a tokenizer. The other
-    arguments are those of `LensSpec`. Every rank gets the same Trace. Raises ValueError for an
-    empty or too long text and for points, layers or targets the model does not have.
+    token_ids: ids as a sequence or [T] tensor, or text if the model has a tokenizer. steering:
+    edits to read the model under. The other arguments are those of `LensSpec`. Every rank gets
+    the same Trace. Raises ValueError for an empty or too long text and for points, layers or
+    targets the model does not have.
     """
     spec = LensSpec(points, layers, top_k, targets, positions)
-    run = _run(model, [to_ids(model, token_ids)], 0, [Sampling()], spec, None, None, on_progress)
-    assert run[0].trace is not None
-    return run[0].trace
+    ids = to_ids(model, token_ids)
+    result = generate(
+        model, ids, max_new_tokens=0, lens=spec, steering=steering, on_progress=on_progress
+    )
+    assert isinstance(result, Result) and result.trace is not None
+    return result.trace
 
 
 def generate(
@@ -57,56 +64,68 @@ def generate(
     max_new_tokens: int = 64,
     sampling: Sampling | Sequence[Sampling] | None = None,
     lens: LensSpec | None = None,
+    steering: Sequence[Steering] | Sequence[Sequence[Steering]] = (),
     stop_ids: Sequence[int] | None = None,
     on_token: OnToken | None = None,
+    on_lens: OnLens | None = None,
     on_progress: OnProgress | None = None,
+    capture: bool = True,
 ) -> Result | list[Result]:
     """Continue one prompt, or a list of prompts as one batch (which gives a list of results).
 
     A prompt is token ids, or text if the model has a tokenizer. sampling: one for all or one per
-    prompt, greedy by default; prompts with equal seeds share their noise. stop_ids default to the
-    model's own end tokens. on_token(request, id) is called as soon as a token is chosen,
-    on_progress(positions fed, most) after every forward pass. The last new token is not fed back
-    to the model, so a lens ends at the position before it. Every rank gets the same results.
-    Raises ValueError for an empty prompt, or one that with max_new_tokens exceeds the context.
+    prompt, greedy by default; prompts with equal seeds share their noise. steering: edits of all
+    prompts, or a list of edits for each. stop_ids default to the model's own end tokens.
+    on_token(request, id) is called as soon as a token is known, on_progress(positions fed, most)
+    after every forward pass. on_lens(request, piece) is called with a Trace of each newly read
+    position or block of positions; what is handed over is not kept, so that memory stays flat
+    however long the text, and the results have no trace. The last new token is not fed back to
+    the model, so a lens ends at the position before it. On CUDA, decode steps are captured as
+    graphs unless capture is off. Every rank gets the same results. Raises ValueError for an empty
+    prompt, one that with max_new_tokens exceeds the context, and edits that do not fit the model.
     """
     prompts, is_batch = _prompts(model, token_ids)
     chosen = sampling if sampling is not None else Sampling()
     samplings = [chosen] * len(prompts) if isinstance(chosen, Sampling) else list(chosen)
     if len(samplings) != len(prompts):
         raise ValueError(f"{len(samplings)} samplings for {len(prompts)} prompts: give one each")
-    results = _run(model, prompts, max_new_tokens, samplings, lens, stop_ids, on_token, on_progress)
-    return results if is_batch else results[0]
-
-
-def _run(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    samplings: list[Sampling],
-    spec: LensSpec | None,
-    stop_ids: Sequence[int] | None,
-    on_token: OnToken | None,
-    on_progress: OnProgress | None,
-) -> list[Result]:
+    if on_lens is not None and lens is None:
+        raise ValueError("on_lens is given, but no lens")
     stop = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
     sequences = [list(prompt) for prompt in prompts]
-    recorder = None if spec is None else LensRecorder(model, spec, sequences)
+    recorder = None if lens is None else LensRecorder(model, lens, sequences, on_lens)
     generate_tokens(
         model,
         sequences,
         max_new_tokens=max_new_tokens,
         samplings=samplings,
         stop_ids=stop,
+        steerings=_edits_of_each(steering, len(prompts)),
         observer=recorder,
         on_token=on_token,
         on_progress=on_progress,
+        capture=capture,
     )
-    traces = [None] * len(prompts) if recorder is None else recorder.finish()
-    return [
+    keeps_trace = recorder is not None and on_lens is None
+    traces = recorder.finish() if recorder is not None and keeps_trace else [None] * len(prompts)
+    results = [
         _result(model, sequence[len(prompt) :], stop, trace)
         for prompt, sequence, trace in zip(prompts, sequences, traces, strict=True)
     ]
+    return results if is_batch else results[0]
+
+
+def _edits_of_each(
+    steering: Sequence[Steering] | Sequence[Sequence[Steering]], n_prompts: int
+) -> list[list[Steering]]:
+    if all(isinstance(edit, Steering) for edit in steering):
+        return [[edit for edit in steering if isinstance(edit, Steering)]] * n_prompts
+    each = [list(own) for own in steering if not isinstance(own, Steering)]
+    if len(each) != len(steering) or len(each) != n_prompts:
+        raise ValueError(
+            f"steering is neither a list of edits nor {n_prompts} of them, one for each prompt"
+        )
+    return each
 
 
 def _result(

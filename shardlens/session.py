@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,20 +12,23 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .cli import is_printing_rank as is_printing_rank
+from .interp.lens import LensSpec
 from .interp.output import check_writable
 from .interp.show import WIDTH
 from .interp.trace_files import check_format
 from .kernels.switch import IMPLEMENTATIONS, set_implementation
-from .model.config import DTYPES
-from .model.load import load
+from .model.config import DTYPE_BYTES, ModelConfig, torch_dtype
+from .model.load import default_device, load
+from .model.plan import DeviceType, check_fits, device_memory_bytes, plan
+from .model.points import Tap
 from .model.tokenizer import Tokenizer
 from .model.transformer import Transformer
 from .parallel.collectives import agreed
 from .parallel.group import TensorParallel
 
-
-def is_printing_rank() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+# (config, tokenizer) -> (positions that a run will hold, its lens): see `open_session`
+NeedsFn = Callable[[ModelConfig, Tokenizer], tuple[int, LensSpec | None]]
 
 
 @dataclass
@@ -47,7 +49,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a directory, a Hugging Face hub id, or demo"
     )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
+    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="default: the checkpoint's")
     parser.add_argument(
         "--kernels",
         choices=IMPLEMENTATIONS,
@@ -69,21 +71,57 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_session(arguments: argparse.Namespace) -> Session:
-    """Join the ranks, check the output files, load the model. Raises ValueError on every rank."""
+def open_session(arguments: argparse.Namespace, needs: NeedsFn) -> Session:
+    """Join the ranks, check the output files, load the model if what it `needs` fits.
+
+    Raises ValueError on every rank.
+    """
     set_implementation(arguments.kernels)
     device = _device(arguments.device)
     parallel = TensorParallel.from_env(device)
     console = Console(highlight=False, quiet=parallel.rank != 0, width=_width())
     with agreed(parallel):
         _check_outputs(arguments, parallel)
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    dtype = torch_dtype(arguments.dtype) if arguments.dtype else None
     local = None if device is None or device.type == "cuda" else device
     with progress("loading", shown=parallel.rank == 0) as on_progress:
         model, tokenizer = load(
-            arguments.model, parallel=parallel, dtype=dtype, device=local, on_progress=on_progress
+            arguments.model,
+            parallel=parallel,
+            dtype=dtype,
+            device=local,
+            check=_fit_check(arguments, needs, parallel.size, local),
+            on_progress=on_progress,
         )
     return Session(model, tokenizer, parallel, console)
+
+
+def _fit_check(
+    arguments: argparse.Namespace, needs: NeedsFn, ranks: int, device: torch.device | None
+) -> Callable[[ModelConfig, Tokenizer], None]:
+    """What refuses a run that this rank's device has no memory for."""
+
+    def check(config: ModelConfig, tokenizer: Tokenizer) -> None:
+        own = default_device() if device is None else device
+        context, spec = needs(config, tokenizer)
+        if spec is not None:
+            spec.check(config)
+        taps = () if spec is None else spec.taps(config)
+        kind: DeviceType = "cuda" if own.type == "cuda" else "cpu"
+        planned = plan(
+            config,
+            ranks=ranks,
+            context=context,
+            taps=len(taps),
+            final_tapped=Tap(config.n_layers - 1, "resid_post") in taps,
+            top_k=1 if spec is None else spec.top_k,
+            dtype=arguments.dtype,
+            device_type=kind,
+            deferred=spec is not None and spec.mode == "deferred",
+        )
+        check_fits(planned, device_memory_bytes(own), str(arguments.model))
+
+    return check
 
 
 def _device(name: str | None) -> torch.device | None:
@@ -129,3 +167,13 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
     return (
         tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     )
+
+
+def run_needs(arguments: argparse.Namespace, spec: LensSpec | None) -> NeedsFn:
+    """Of a run that continues one prompt by --max-new-tokens under a lens."""
+
+    def needs(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, LensSpec | None]:
+        prompt = prompt_ids(tokenizer, arguments.prompt, chat=arguments.chat)
+        return len(prompt) + max(0, arguments.max_new_tokens), spec
+
+    return needs

@@ -11,8 +11,10 @@ import torch
 from tolerances import LENS, LOGITS_RELATIVE
 
 import shardlens
-from shardlens.model.capture import Capture, Tap
+from shardlens.model.access import Capture
 from shardlens.model.load import DEMO
+from shardlens.model.points import Tap
+from shardlens.model.steering import EditTable, Steering
 from shardlens.parallel.group import TensorParallel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,16 +107,16 @@ def test_a_disposition_is_a_direction(path: Path, demo: tuple[Any, Any]) -> None
         ids = ids_of(text)
         last = torch.tensor([ids.shape[1] - 1])
         capture = Capture((place,), last, model.config.d, dtype=model.dtype)
-        model(ids, capture=capture)
+        model(ids, access=capture)
         return capture.states[0, 0]
 
     @torch.no_grad()
     def preference(item: dict[str, str], vector: torch.Tensor) -> float:
-        def add(layer: int, point: str, x: torch.Tensor) -> None:
-            if (layer, point) == place:
-                x[:, -1] += vector
-
-        hidden = model(ids_of(item["question"]), capture=add)[0, -1]
+        ids = ids_of(item["question"])
+        edit = Steering(vector, layers=[place.layer], point=place.point, positions="last_prompt")
+        length = ids.shape[1]
+        edits = EditTable.of([[edit]], [length], length, model.config, model.dtype, model.device)
+        hidden = model(ids, edits=edits)[0, -1]
         logits = model.norm(hidden) @ model.head.weight.T
         sign = 1 if "A" in item["answer_matching_behavior"] else -1
         return sign * float(logits[a] - logits[b])

@@ -17,8 +17,9 @@ import shardlens
 from shardlens.interp import lens as lens_module
 from shardlens.kernels.head_stats_reference import head_stats_reference
 from shardlens.model import load_weights
-from shardlens.model.capture import POINTS, Capture, Tap
+from shardlens.model.access import Capture
 from shardlens.model.load import read_config
+from shardlens.model.points import POINTS, Tap, parse_layers
 from shardlens.parallel import winners as winners_module
 from shardlens.parallel.group import TensorParallel
 
@@ -49,7 +50,7 @@ def oracle(model: shardlens.Transformer, checkpoint: Path) -> ExactLens:
     taps = tuple(Tap(layer, point) for layer in range(model.config.n_layers) for point in POINTS)
     capture = Capture(taps, torch.arange(len(TOKEN_IDS)), model.config.d, dtype=model.dtype)
     cache = model.new_cache(1, len(TOKEN_IDS))
-    model(torch.tensor([TOKEN_IDS]), cache=cache, capture=capture)
+    model(torch.tensor([TOKEN_IDS]), cache=cache, access=capture)
     full_head = load(checkpoint, TensorParallel.single()).head.weight
     return exact_lens(model.norm(capture.states), full_head)
 
@@ -123,7 +124,7 @@ def test_block_sizes_do_not_matter(
     decode_block: int,
 ) -> None:
     usual = traced(checkpoint, TensorParallel.single(), targets=7)
-    monkeypatch.setattr(lens_module, "DECODE_BLOCK", decode_block)
+    monkeypatch.setattr(lens_module, "DECODED_POSITIONS", decode_block)
     blocked = partial(head_stats_reference, vocab_block=vocab_block, row_block=row_block)
     monkeypatch.setattr(winners_module, "head_stats", blocked)
     other = traced(checkpoint, TensorParallel.single(), targets=7)
@@ -216,7 +217,7 @@ def test_captured_states_are_copies(checkpoint: Path) -> None:
     """A view of one position would keep the activations of the whole pass alive."""
     model = load(checkpoint, TensorParallel.single())
     capture = Capture((Tap(1, "resid_mid"),), torch.tensor([44]), model.config.d, dtype=model.dtype)
-    model(torch.tensor([TOKEN_IDS]), capture=capture)
+    model(torch.tensor([TOKEN_IDS]), access=capture)
     assert capture.states.untyped_storage().nbytes() == model.config.d * 4
 
 
@@ -233,7 +234,7 @@ def test_captured_states_are_copies(checkpoint: Path) -> None:
     ],
 )
 def test_layers(layers: Any, expected: list[int]) -> None:
-    assert lens_module.parse_layers(layers, 4) == expected
+    assert parse_layers(layers, 4) == expected
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_layers(layers: Any, expected: list[int]) -> None:
 )
 def test_layers_refused(layers: Any) -> None:
     with pytest.raises(ValueError, match=r"layer"):
-        lens_module.parse_layers(layers, 4)
+        parse_layers(layers, 4)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from shardlens.kernels.rope import rope_angles_reference
 from shardlens.model import ModelConfig, Transformer, init_weights
-from shardlens.model.capture import no_capture
 from shardlens.model.transformer import causal_attention
 
 CAPABILITIES = (80, 90, 100)
@@ -70,7 +69,7 @@ def test_a_compiled_block_equals_the_eager_one(device: torch.device, either: str
     rope = rope_angles_reference(positions, model._inv_freq.to(device), torch.float32)
 
     def run(x: Tensor, delta: Tensor) -> Any:
-        return block(x, delta, 1, causal_attention(rope), no_capture)
+        return block(x, delta, 1, causal_attention(rope))
 
     def gradients(function: Any) -> list[Tensor]:
         torch.manual_seed(3)

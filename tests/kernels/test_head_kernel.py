@@ -171,7 +171,8 @@ def test_groups_of_any_length(group: int, device: torch.device) -> None:
     x, weight = inputs(300 // group * group, 200, 32, torch.float32, device)
     scale = torch.rand(len(x), device=device) + 0.5
     target = targets(x, weight, scale, 0)
-    noise = Noise(torch.arange(2, device=device), torch.arange(2, device=device))
+    seeds = torch.arange(min(2, len(x) // group), device=device)
+    noise = Noise(seeds, seeds, place=group // 2)
     options: dict[str, Any] = dict(k=2, scale=scale, target=target, group_size=group, noise=noise)
     with implementation("triton"):
         ours = head_stats(x, weight, **options)
@@ -255,9 +256,9 @@ def test_op(device: torch.device, either: str) -> None:
     x, weight = inputs(6, 100, 16, torch.float32, device)
     ones = torch.ones(6, device=device)
     target = targets(x, weight, ones, 0)
-    noise = Noise(torch.arange(2, device=device), torch.arange(2, device=device), 2)
+    noise = Noise(torch.arange(2, device=device), torch.arange(2, device=device), 2, 1)
     flat = [[target.ids, target.logits, target.slack], 3, [noise.seed, noise.step]]
-    arguments = (x, weight, 4, 0, None, *flat, 2, None, 0.0)
+    arguments = (x, weight, 4, 0, None, *flat, 2, 1, None, 0.0)
     torch.library.opcheck(torch.ops.shardlens.head_stats, arguments)
 
     def run(x: Tensor) -> HeadStats:
@@ -274,8 +275,9 @@ def test_sharded_head(ranks: int, device: torch.device, run_ranks: Any) -> None:
     torch.manual_seed(2)
     full, x = torch.randn(509, 24), torch.randn(8, 24).to(device)
     full[100], full[400], full[101] = full[7], full[7], full[7]
-    target_ids = torch.tensor([7, 100, 101, 400, -1, 0, 508, 30]).to(device)
-    noise = Noise(torch.arange(8, device=device), torch.zeros(8, dtype=torch.int64, device=device))
+    target_ids = torch.tensor([7, 100, 101, 400, -1, 0, 508, 509]).to(device)
+    seeds = torch.arange(2, device=device)
+    noise = Noise(seeds, torch.zeros_like(seeds), place=3)
 
     def body(parallel: TensorParallel) -> Winners:
         span = split_vocab(509, parallel.rank, parallel.size)
@@ -305,3 +307,8 @@ def test_refusals(device: torch.device) -> None:
         head_stats(x, weight, k=0)
     with pytest.raises(ValueError, match="whole groups of 3"):
         head_stats(x, weight, k=1, group_size=3)
+    seeds = torch.zeros(2, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="place 2"):
+        head_stats(x, weight, k=1, group_size=2, noise=Noise(seeds, seeds, place=2))
+    with pytest.raises(ValueError, match="2 seeds for 1 group"):
+        head_stats(x, weight, k=1, group_size=4, noise=Noise(seeds, seeds))

@@ -1,0 +1,135 @@
+"""Time and memory of the arms of `bench end-to-end`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .baselines import ArmOutput
+from .report import reset_peak, resident_bytes
+from .timing import synchronize
+
+TOP_K = 5
+UNCACHED = ("1 baseline", "2 baseline half")
+
+# (prompt, new tokens, winners kept, called with each token) of an arm
+Run = Callable[..., ArmOutput]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is run: a shape of `models.py`, and how much of it."""
+
+    shape: str
+    dtype: torch.dtype
+    device: torch.device
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+
+    def prompt(self, vocab_size: int) -> list[int]:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(vocab_size, (self.prompt_tokens,), generator=generator).tolist()
+
+    def text(self, vocab_size: int, length: int) -> list[int]:
+        """The prompt, repeated up to a length."""
+        prompt = self.prompt(vocab_size)
+        return (prompt * (length // len(prompt) + 1))[:length]
+
+    @property
+    def sampled_lengths(self) -> tuple[int, int, int]:
+        """At which an uncached arm's tokens are timed: first, middle and last."""
+        last = self.prompt_tokens + self.new_tokens - 1
+        return self.prompt_tokens, (self.prompt_tokens + last) // 2, last
+
+
+@dataclass
+class Sample:
+    """One run of an arm."""
+
+    seconds: float
+    first_token_seconds: float
+
+
+def timed(run: Run, prompt: list[int], n: int, device: torch.device) -> Sample:
+    first: list[float] = []
+
+    def on_token(token: int) -> None:
+        if not first:
+            first.append(time.perf_counter())
+
+    synchronize(device)
+    started = time.perf_counter()
+    run(prompt, n, TOP_K, on_token)
+    synchronize(device)
+    return Sample(time.perf_counter() - started, first[0] - started)
+
+
+def measure_times(arms: dict[str, Run], setup: Setup, vocab_size: int) -> dict[str, dict[str, Any]]:
+    """Rounds of all cached arms by turns; uncached ones once a round and length."""
+    prompt = setup.prompt(vocab_size)
+    cached = [name for name in arms if name not in UNCACHED]
+    samples: dict[str, list[Sample]] = {name: [] for name in cached}
+    for turn in range(setup.rounds):
+        first = turn % len(cached)
+        for name in cached[first:] + cached[:first]:
+            samples[name].append(timed(arms[name], prompt, setup.new_tokens, setup.device))
+    found = {name: _summary(own, setup.new_tokens) for name, own in samples.items()}
+    for name in (name for name in arms if name in UNCACHED):
+        found[name] = _uncached(arms[name], setup, vocab_size)
+    return found
+
+
+def _summary(samples: list[Sample], n_tokens: int) -> dict[str, Any]:
+    rates = [n_tokens / sample.seconds for sample in samples]
+    fifths = statistics.quantiles(rates, n=10, method="inclusive") if len(rates) > 1 else rates * 9
+    return {
+        "tokens_per_s": max(rates),
+        "tokens_per_s_p20_p50_p80": [fifths[1], fifths[4], fifths[7]],
+        "first_token_ms": 1e3 * min(sample.first_token_seconds for sample in samples),
+        "seconds": [sample.seconds for sample in samples],
+        "extrapolated": False,
+    }
+
+
+def _uncached(run: Run, setup: Setup, vocab_size: int) -> dict[str, Any]:
+    """Seconds of single tokens at three lengths, added up over all with straight lines between."""
+    lengths = setup.sampled_lengths
+    longest = setup.text(vocab_size, lengths[-1])
+    seconds = [timed(run, longest[:length], 1, setup.device).seconds for length in lengths]
+    total = 0.0
+    for length in range(setup.prompt_tokens, lengths[-1] + 1):
+        low = 0 if length <= lengths[1] else 1
+        share = (length - lengths[low]) / max(1, lengths[low + 1] - lengths[low])
+        total += seconds[low] + share * (seconds[low + 1] - seconds[low])
+    return {
+        "tokens_per_s": setup.new_tokens / total,
+        "first_token_ms": 1e3 * seconds[0],
+        "seconds_of_a_token": dict(zip(map(str, lengths), seconds, strict=True)),
+        "extrapolated": True,
+    }
+
+
+def peak_bytes(run: Run, name: str, setup: Setup, vocab_size: int) -> int:
+    """The most memory a whole run holds above what is there before it."""
+    prompt, n_tokens = setup.prompt(vocab_size), setup.new_tokens
+    if name in UNCACHED:  # its last token takes the most
+        prompt, n_tokens = setup.text(vocab_size, setup.sampled_lengths[-1]), 1
+    if setup.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(prompt, n_tokens, TOP_K, None)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    run(prompt[:2], 2, TOP_K, None)  # whatever is set up once
+    reset_peak()
+    before = resident_bytes("VmRSS")
+    run(prompt, n_tokens, TOP_K, None)
+    return resident_bytes("VmHWM") - before

@@ -1,0 +1,114 @@
+"""Do the arms of `bench end-to-end` give the same answers? Asked before anything is timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.transformer import Transformer
+from .arm_measures import Run
+from .baselines import ArmOutput
+from .own_arms import STEERED_POINT, random_steering
+from .shared_weights import as_transformers
+
+# Nats by which log-probs may differ, and within which two ids may change places. A half dtype
+# rounds every state on its way through the layers, and other kernels round it elsewhere.
+NATS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+def problems(
+    model: Transformer,
+    arms: dict[str, Run],
+    prompt: list[int],
+    n_tokens: int,
+    top_k: int,
+) -> list[str]:
+    """What differs, in words; empty where all is well."""
+    nats = NATS[model.dtype]
+    ours = arms["6 shardlens lens"](prompt, n_tokens, top_k, None)
+    plain = arms["5 shardlens"](prompt, n_tokens, top_k, None)
+    steered = arms["7 shardlens lens steered"](prompt, n_tokens, top_k, None)
+    found = []
+    if plain.token_ids != ours.token_ids:
+        found.append("the lens changes the text")
+    if steered.token_ids == ours.token_ids and _largest_gap(steered, ours) <= nats:
+        found.append("steering has no effect")
+    for name, run in arms.items():
+        if name[0] in "1234":
+            difference = disagreement(
+                ours, run(prompt, n_tokens_of(name, n_tokens), top_k, None), nats
+            )
+            if difference:
+                found.append(f"{name}: {difference}")
+    if model.parallel.size == 1:
+        difference = disagreement(steered, steered_by_hooks(model, prompt, steered, top_k), nats)
+        if difference:
+            found.append(f"steering against hooks: {difference}")
+    return found
+
+
+def n_tokens_of(name: str, n_tokens: int) -> int:
+    """A baseline without cache is checked on two tokens: it takes seconds for each."""
+    return 2 if name[0] in "12" else n_tokens
+
+
+def disagreement(ours: ArmOutput, other: ArmOutput, nats: float) -> str | None:
+    """Where top-1 ids or log-probs differ by more than rounding explains, up to the first token
+    that a near tie turned.
+    """
+    assert ours.lens_ids is not None and ours.lens_logprobs is not None
+    assert other.lens_ids is not None and other.lens_logprobs is not None
+    for at, (own, their) in enumerate(zip(ours.token_ids, other.token_ids, strict=False)):
+        margin = ours.lens_logprobs[at, :, 0] - ours.lens_logprobs[at, :, 1]  # [L]
+        differs = ours.lens_ids[at, :, 0] != other.lens_ids[at, :, 0]
+        if (differs & (margin > 2 * nats)).any():
+            layer = int((differs & (margin > 2 * nats)).nonzero()[0])
+            return f"top-1 of new token {at} at layer {layer}"
+        gap = (ours.lens_logprobs[at, :, 0] - other.lens_logprobs[at, :, 0]).abs().max()
+        if gap > nats:
+            return f"log-probs of new token {at} differ by {float(gap):.3g} nats"
+        if own != their:
+            return None if margin[-1] <= 2 * nats else f"new token {at}"
+    return None
+
+
+def _largest_gap(a: ArmOutput, b: ArmOutput) -> float:
+    assert a.lens_logprobs is not None and b.lens_logprobs is not None
+    return float((a.lens_logprobs[:, -1] - b.lens_logprobs[:, -1]).abs().max())
+
+
+@torch.inference_mode()
+def steered_by_hooks(
+    model: Transformer, prompt: list[int], steered: ArmOutput, top_k: int
+) -> ArmOutput:
+    """What transformers says of the steered text, its MLP inputs moved by hooks at new tokens."""
+    assert STEERED_POINT == "mlp_norm"
+    edit = random_steering(model)[0]
+    hf = as_transformers(model)
+    ids = torch.tensor([[*prompt, *steered.token_ids[:-1]]], device=model.device)
+    move = edit.scale * edit.vector.to(model.device, model.dtype)
+    states: list[Tensor] = []
+
+    def add(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, len(prompt) :] += move
+        return output
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = []
+    for layer in hf.model.layers:
+        hooks.append(layer.post_attention_layernorm.register_forward_hook(add))
+        hooks.append(layer.register_forward_hook(keep))
+    try:
+        hf.model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = torch.stack([state[0, len(prompt) - 1 :] for state in states], 1)  # [T_new, L, d]
+    logprobs = hf.lm_head(hf.model.norm(rows)).float().log_softmax(-1)
+    best = logprobs.topk(top_k)
+    return ArmOutput(steered.token_ids, best.indices.cpu(), best.values.cpu())

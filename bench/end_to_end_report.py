@@ -1,0 +1,102 @@
+"""What is claimed of an end-to-end result, and its table and picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .arm_measures import UNCACHED
+
+PLAIN, LENS, STEERED = "5 shardlens", "6 shardlens lens", "7 shardlens lens steered"
+PAPER = "4 paper's method"
+# What must be reached on a CPU and on a GPU: (claim, ours, other, on CPU, on GPU)
+SPEEDS = (
+    ("speed with lens over without", LENS, PLAIN, 0.85, 0.97),
+    ("speed with lens and steering over without", STEERED, PLAIN, None, 0.96),
+    ("speed with lens over the paper's method", LENS, PAPER, 1.2, 5.0),
+    ("speed with lens over the baseline", LENS, "baseline", 41.0, 100.0),
+)
+MEMORIES = (
+    ("memory with lens over the paper's method", LENS, PAPER, 1 / 7),
+    ("memory with lens over the baseline", LENS, "baseline", 1 / 40),
+)
+LEAST_ROOFLINE = 0.75  # of the memory bandwidth, without lens, on a GPU
+
+
+def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each claim of which both arms were measured, its figure, and whether it is met."""
+    arms = dict(result["arms"])
+    for name in UNCACHED:
+        if name in arms:
+            arms.setdefault("baseline", arms[name])
+    on_gpu = result["device"] != "cpu"
+    found = []
+    for text, ours, other, on_cpu_target, on_gpu_target in SPEEDS:
+        if other in arms:
+            figure = arms[ours]["tokens_per_s"] / arms[other]["tokens_per_s"]
+            found.append(_verdict(text, figure, on_gpu_target if on_gpu else on_cpu_target, False))
+    for text, ours, other, target in MEMORIES:
+        if other in arms:
+            figure = arms[ours]["peak_bytes"] / arms[other]["peak_bytes"]
+            found.append(_verdict(text, figure, target, True))
+    share = arms[PLAIN]["roofline_share"]
+    text = "share of the bandwidth roofline without lens"
+    found.append(_verdict(text, share, LEAST_ROOFLINE if on_gpu else None, False))
+    return found
+
+
+def _verdict(text: str, figure: float, target: float | None, below: bool) -> dict[str, Any]:
+    met = None if target is None else (figure <= target if below else figure >= target)
+    return {"claim": text, "figure": figure, "target": target, "below": below, "met": met}
+
+
+def print_result(result: dict[str, Any]) -> None:
+    headings = ("tokens/s", "first, ms", "MiB", "roofline", "sent/token")
+    print(f"{'arm':26}" + "".join(f"{heading:>11}" for heading in headings))
+    for name, arm in result["arms"].items():
+        mark = "*" if arm["extrapolated"] else " "
+        print(
+            f"{name:26}{arm['tokens_per_s']:>10.3f}{mark}{arm['first_token_ms']:>11,.1f}"
+            f"{arm['peak_bytes'] / 2**20:>11,.1f}{arm['roofline_share']:>11.1%}"
+            f"{arm['sent_bytes_per_token']:>11,.0f}"
+        )
+    if any(arm["extrapolated"] for arm in result["arms"].values()):
+        print("* extrapolated from single tokens at three lengths")
+    for name, why in result["left_out"].items():
+        print(f"left out: {name}: {why}")
+    for verdict in result["claims"]:
+        word = {True: "met", False: "NOT MET", None: "no target"}[verdict["met"]]
+        bound = ""
+        if verdict["target"] is not None:
+            bound = f"{'at most' if verdict['below'] else 'at least'} {verdict['target']:.3g}"
+        print(f"{verdict['claim']:48}{verdict['figure']:>9.3f}  {bound:15}{word}")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A PNG of speed and memory by arm. Without matplotlib there is none, and a line says so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: it needs matplotlib (pip install 'shardlens[plot]')")
+        return
+    names: Sequence[str] = list(result["arms"])
+    figure = Figure(figsize=(9, 0.5 * len(names) + 1.4), layout="constrained")
+    speed, memory = figure.subplots(1, 2, sharey=True)
+    panels = (
+        (speed, "tokens/s", [arm["tokens_per_s"] for arm in result["arms"].values()]),
+        (memory, "MiB above weights", [a["peak_bytes"] / 2**20 for a in result["arms"].values()]),
+    )
+    for axis, label, values in panels:
+        colours = ["black" if "shardlens" in name else "grey" for name in names]
+        bars = axis.barh(names, values, color=colours)
+        axis.bar_label(bars, [f"{value:,.3g}" for value in values], padding=3, fontsize="small")
+        axis.set(xscale="log", xlabel=label)
+        axis.margins(x=0.25)
+    speed.invert_yaxis()
+    figure.suptitle(
+        f"{result['shape']}, {result['dtype']}, {result['prompt_tokens']} + "
+        f"{result['new_tokens']} tokens, {result['environment']['hardware']}",
+        fontsize="small",
+    )
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,206 @@
+"""`shardlens plan`: does a model fit, and how fast can it be at most, from config.json alone.
+
+No weights, no GPU and no other rank is asked, so any machine can plan for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .cli import is_printing_rank
+from .interp.output import check_writable, write_json
+from .model.config import DTYPE_BYTES, ModelConfig, find_config
+from .model.plan import GIB, GPUS, Gpu, Plan, fewest_ranks, gib, plan
+from .model.points import check_point, parse_layers
+
+WIDTH = 100
+MEMORY = ("weights", "cache", "taps", "lens", "prefill")
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser("plan", help="does a model fit, and how fast can it be at most")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a directory, a config.json, a Hugging Face hub id (only its config.json is fetched), "
+        "or demo",
+    )
+    parser.add_argument(
+        "--ranks", required=True, type=_rank_counts, metavar="P,...", help="a row of each is shown"
+    )
+    parser.add_argument("--context", required=True, type=int, help="positions a request holds")
+    parser.add_argument("--batch", type=int, default=1, help="requests at once (default: 1)")
+    parser.add_argument(
+        "--points", default="resid_post", help="that a lens reads, comma-separated, or none"
+    )
+    parser.add_argument("--layers", default="all", help="all, or e.g. 0-3,8,-1 (default: all)")
+    parser.add_argument("--top-k", type=int, default=5, help="winners kept a cell (default: 5)")
+    parser.add_argument(
+        "--deferred", action="store_true", help="the lens decodes many tokens' states together"
+    )
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h200", help="default: h200")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="instead of the GPU's own")
+    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="default: the checkpoint's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    parser.set_defaults(run=run)
+
+
+def _rank_counts(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: write e.g. 8 or 8,16") from None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = ModelConfig.from_hf(find_config(arguments.model))
+    gpu = _gpu(arguments)
+    plans = _plans(arguments, config)
+    if not is_printing_rank():
+        return
+    if arguments.json is not None:
+        check_writable(arguments.json)
+    possible = [planned for planned in plans.values() if isinstance(planned, Plan)]
+    fewest = fewest_ranks(config, possible[0].workload, gpu.memory_gib * GIB)
+    _print(arguments, plans, gpu, fewest)
+    if arguments.json is not None:
+        write_json(arguments.json, _content(arguments, plans, gpu, fewest))
+
+
+def _gpu(arguments: argparse.Namespace) -> Gpu:
+    gpu = GPUS[arguments.gpu]
+    if arguments.gpu_memory is None:
+        return gpu
+    if not 0 < arguments.gpu_memory < float("inf"):
+        raise ValueError(f"--gpu-memory {arguments.gpu_memory} is not a number above 0")
+    return gpu._replace(memory_gib=arguments.gpu_memory)
+
+
+def _plans(arguments: argparse.Namespace, config: ModelConfig) -> dict[int, Plan | ValueError]:
+    """By rank count, with the error of counts that are impossible; raises it if all are."""
+    taps, final_tapped = _taps(arguments.points, arguments.layers, config)
+    plans: dict[int, Plan | ValueError] = {}
+    for ranks in arguments.ranks:
+        try:
+            plans[ranks] = plan(
+                config,
+                ranks=ranks,
+                context=arguments.context,
+                batch=arguments.batch,
+                taps=taps,
+                final_tapped=final_tapped,
+                top_k=arguments.top_k,
+                dtype=arguments.dtype,
+                deferred=arguments.deferred,
+            )
+        except ValueError as error:
+            plans[ranks] = error
+    errors = [planned for planned in plans.values() if isinstance(planned, ValueError)]
+    if len(errors) == len(plans):
+        raise errors[0]
+    return plans
+
+
+def _taps(points: str, layers: str, config: ModelConfig) -> tuple[int, bool]:
+    """How many states a lens reads at a position, and whether the final layer's is one of them."""
+    if points == "none":
+        return 0, True
+    named = set(points.split(","))
+    for point in named:
+        check_point(point)
+    numbers = parse_layers(layers, config.n_layers)
+    return len(named) * len(numbers), "resid_post" in named and config.n_layers - 1 in numbers
+
+
+def _print(
+    arguments: argparse.Namespace,
+    plans: dict[int, Plan | ValueError],
+    gpu: Gpu,
+    fewest: int | None,
+) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for heading in ("ranks", *MEMORY, "total", "fits", "moved", "tokens/s", "sent"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for ranks, planned in plans.items():
+        table.add_row(f"{ranks:,}", *_cells(planned, gpu))
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or pipe has no width of its own; rich would take 80
+        console = Console(highlight=False, width=WIDTH)
+    console.print(escape(arguments.model), soft_wrap=True)
+    console.print(f"{_question(arguments, plans, gpu)}\n")
+    console.print(table)
+    console.print(f"\n{_legend(plans)}")
+    for planned in plans.values():
+        if isinstance(planned, ValueError):
+            console.print(escape(str(planned)))
+    console.print(
+        "no number of ranks fits" if fewest is None else f"fewest ranks that fit: {fewest:,}"
+    )
+
+
+def _cells(planned: Plan | ValueError, gpu: Gpu) -> list[str]:
+    if isinstance(planned, ValueError):
+        return ["-"] * (len(MEMORY) + 1) + ["no", "-", "-", "-"]
+    return [
+        *(gib(planned.parts[name]) for name in MEMORY),
+        gib(planned.total_bytes),
+        "yes" if _fits(planned, gpu) else "no",
+        gib(planned.moved_bytes_per_token),
+        f"{planned.tokens_per_s(gpu.bandwidth_bytes_per_s):,.1f}",
+        f"{planned.sent_bytes_per_token / 1e6:,.2f}",
+    ]
+
+
+def _fits(planned: Plan, gpu: Gpu) -> bool:
+    return planned.total_bytes <= gpu.memory_gib * GIB
+
+
+def _question(arguments: argparse.Namespace, plans: dict[int, Plan | ValueError], gpu: Gpu) -> str:
+    work = next(planned.workload for planned in plans.values() if isinstance(planned, Plan))
+    many = "s" if work.batch > 1 else ""
+    lens = f"a lens on {work.taps:,} states a token" if work.taps else "no lens"
+    return (
+        f"{work.dtype}, {work.batch:,} request{many} of {work.context:,} positions, {lens}; "
+        f"{arguments.gpu} of {gpu.memory_gib:g} GiB and {gpu.bandwidth_bytes_per_s / 1e12:g} TB/s"
+    )
+
+
+def _legend(plans: dict[int, Plan | ValueError]) -> str:
+    runtime = next(p.runtime_bytes for p in plans.values() if isinstance(p, Plan))
+    return (
+        f"GiB of the fullest rank; the total counts {gib(runtime)} for CUDA itself. A decode step "
+        "moves and\nsends (in MB) so much; no decoding is faster than the tokens/s that its moves "
+        "allow."
+    )
+
+
+def _content(
+    arguments: argparse.Namespace,
+    plans: dict[int, Plan | ValueError],
+    gpu: Gpu,
+    fewest: int | None,
+) -> dict[str, Any]:
+    work = next(planned.workload for planned in plans.values() if isinstance(planned, Plan))
+    return {
+        "model": arguments.model,
+        **vars(work),
+        "gpu": {"name": arguments.gpu, **gpu._asdict()},
+        "fewest_ranks": fewest,
+        "plans": [
+            {"ranks": ranks, "fits": False, "error": str(planned)}
+            if isinstance(planned, ValueError)
+            else planned.to_dict()
+            | {
+                "fits": _fits(planned, gpu),
+                "tokens_per_s": planned.tokens_per_s(gpu.bandwidth_bytes_per_s),
+            }
+            for ranks, planned in plans.items()
+        ],
+    }

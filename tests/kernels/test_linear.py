@@ -1,0 +1,119 @@
+"""linear against float64: cut into parts and not, at odd sizes; gradients; what is not cut."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import assert_as_good
+from torch import Tensor
+
+from shardlens.kernels.linear import LEAST_WEIGHTS, MOST_ROWS, PART, linear
+
+module = import_module("shardlens.kernels.linear")  # the package gives the function that name
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Small weights are cut too; the list gets the shape of x of each product in parts."""
+    seen: list[tuple[int, ...]] = []
+    in_parts = module._in_parts
+
+    def noting(x: Tensor, weight: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        out: Tensor = in_parts(x, weight)
+        return out
+
+    monkeypatch.setattr(module, "_in_parts", noting)
+    monkeypatch.setattr(module, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(module, "HAS_MKL", True)
+    return seen
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = linear(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert out.is_contiguous()
+    assert_as_good(out, F.linear(x, weight, bias), exact)
+    return out
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 3, 17, 40, MOST_ROWS + 1])
+@pytest.mark.parametrize("n_out, k", [(509, 48), (1, 7), (127, 48), (128, 7), (129, 48), (256, 1)])
+def test_against_float64(rows: int, n_out: int, k: int, has_bias: bool, cut: list[Any]) -> None:
+    bias = torch.randn(n_out) if has_bias else None
+    check(torch.randn(rows, k), torch.randn(n_out, k), bias)
+    assert cut == ([(rows, k)] if 0 < rows <= MOST_ROWS and n_out >= PART else [])
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 3, 48), (2, 0, 48), (1, 1, 1, 48)])
+def test_any_leading_dims(shape: tuple[int, ...], cut: list[Any]) -> None:
+    out = check(torch.randn(shape), torch.randn(300, 48), torch.randn(300))
+    assert out.shape == (*shape[:-1], 300)
+    assert len(cut) == (0 not in shape)
+
+
+def test_strided_inputs(cut: list[Any]) -> None:
+    wide, tall = torch.randn(6, 5, 200), torch.randn(300, 600)
+    weight, bias = torch.randn(300, 48), torch.randn(600)[::2]
+    xs = (
+        wide[..., 7:55],
+        wide[..., ::4][..., :48],
+        wide[:, 1, :48],
+        wide.transpose(0, 1)[..., :48],
+    )
+    for x in (*xs, torch.randn(48).expand(5, 48), torch.randn(48, 9).T):
+        check(x, weight, bias)
+        for strided in (tall[:, 100:148], tall[::2, :48]):
+            check(x, strided)
+    assert len(cut) == 18
+    check(wide[..., :48], tall[:48].T)  # a weight without adjacent columns is left as it is
+    check(wide[..., :48], tall[:, ::2][:, :48])
+    assert len(cut) == 18
+
+
+def test_a_large_weight_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the true bounds. One part of it left out, or two exchanged, would show."""
+    calls: list[Any] = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *given: calls.append(given) or bmm(*given))
+    x, weight = torch.randn(4, 300), torch.randn(LEAST_WEIGHTS // 300 + 1, 300)
+    check(x, weight)
+    assert len(calls) == torch.backends.mkl.is_available()
+    linear(x, weight[:-1])
+    linear(x.double(), weight.double())
+    linear(x.bfloat16(), weight.bfloat16())
+    assert len(calls) == torch.backends.mkl.is_available()
+
+
+def test_gradients_flow(cut: list[Any]) -> None:
+    x, weight, bias = torch.randn(3, 48), torch.randn(300, 48), torch.randn(300)
+    for needing in ((x,), (weight,), (bias,), (x, weight, bias)):
+        for tensor in (x, weight, bias):
+            tensor.requires_grad_(any(tensor is other for other in needing))
+        ours, plain = (
+            torch.autograd.grad(f(x, weight, bias).sin().sum(), needing) for f in (linear, F.linear)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert not cut
+    with torch.no_grad():
+        check(x, weight, bias)
+    assert cut
+
+
+def test_compiled(cut: list[Any]) -> None:
+    x, weight = torch.randn(3, 48), torch.randn(300, 48)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weight), F.linear(x, weight))
+    assert not cut
+
+
+def test_shapes_that_do_not_fit_are_refused(cut: list[Any]) -> None:
+    with pytest.raises(RuntimeError):
+        linear(torch.randn(3, 47), torch.randn(300, 48))
+    with pytest.raises(RuntimeError):
+        linear(torch.randn(3, 48), torch.randn(300, 48), torch.randn(299))
