@@ -5,7 +5,8 @@
 (1) the paper's single-GPU baseline, reimplemented faithfully, in float32; (2) the same in the
 model's half dtype; (3) transformers with its cache, the last position's states of all layers
 through the head at each step; (4) the paper's method: cached generation, captured states, one
-batched decode with full logits at the end; (5) shardlens without lens; (6) with a live lens on
+batched decode with full logits at the end, and once more with a decode a layer, as its released
+code has it, which needs less memory; (5) shardlens without lens; (6) with a live lens on
 every layer; (7) with lens and steering. All on the same weights and prompt, greedy, batch 1.
 
 First the answers: arms 1, 3, 4 and 6 must tell the same top-1 token in every layer and position,
@@ -55,6 +56,7 @@ def arms_of(model: Transformer, setup: Setup) -> dict[str, Run]:
         baseline_name(model.dtype): FaithfulBaseline(hf).run,
         "3 transformers lens": CachedLensArm(hf).run,
         "4 paper's method": PaperMethod(hf).run,
+        "4 the same, by layer": PaperMethod(hf, by_layer=True).run,
         **own,
     }
 

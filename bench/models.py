@@ -22,18 +22,20 @@ N_LAYERS = {
 TIED = ("qwen3-4b",)
 ROPE_THETA = {"llama": 5e5, "qwen3": 1e6}
 CONTEXT = 8192
-# Llama-3.2-1B at half its width, with the vocabulary of Llama 2: 301 million parameters.
-CPU_SHAPE = ModelShape(1024, 16, 4, 64, 4096, 32_000, False)
-CPU_LAYERS = 16
+# With its layers. cpu: Llama-3.2-1B at half its width, with the vocabulary of Llama 2.
+CPU_SHAPES = {
+    "cpu": (ModelShape(1024, 16, 4, 64, 4096, 32_000, False), 16),
+    "cpu-small": (ModelShape(128, 8, 4, 16, 256, 2_003, False), 4),
+}
 STD = 0.02
 
 
 def model_config(name: str) -> ModelConfig:
     """Raises ValueError for an unknown name."""
-    if name == "cpu":
-        return _config(CPU_SHAPE, CPU_LAYERS, tied=False, rope_theta=1e4)
+    if name in CPU_SHAPES:
+        return _config(*CPU_SHAPES[name], tied=False, rope_theta=1e4)
     if name not in MODELS:
-        raise ValueError(f"shape {name}: there are cpu, {', '.join(MODELS)}")
+        raise ValueError(f"shape {name}: there are {', '.join((*CPU_SHAPES, *MODELS))}")
     theta = ROPE_THETA[name.split("-")[0]]
     return _config(MODELS[name], N_LAYERS[name], tied=name in TIED, rope_theta=theta)
 

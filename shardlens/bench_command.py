@@ -1,7 +1,8 @@
 """`shardlens bench`: measure this machine.
 
 `bench kernels` times every operation at true model shapes, on one device: under torchrun, rank 0
-measures and the others leave.
+measures and the others leave. `bench end-to-end` compares whole generations; on several ranks only
+shardlens's own. `bench scaling` starts its ranks itself.
 """
 
 from __future__ import annotations
@@ -11,17 +12,109 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .bench import end_to_end, scaling
+from .bench.arm_measures import Setup
+from .bench.end_to_end_report import plot, print_result
 from .bench.kernels import run_grid
+from .bench.models import CPU_SHAPES, N_LAYERS, model_config
+from .bench.report import RESULTS, emit
 from .bench.shapes import GRIDS, OPS, cases
+from .cli import is_printing_rank
 from .interp.output import check_writable, write_json
 from .model.load import default_device
-from .session import is_printing_rank
+from .parallel.group import TensorParallel
 
 
 def add_to(commands: Any) -> None:
     parser = commands.add_parser("bench", help="measure this machine")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     _add_kernels(benchmarks)
+    _add_end_to_end(benchmarks)
+    _add_scaling(benchmarks)
+
+
+def _add_end_to_end(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "end-to-end", help="generation with all layers read, against the paper and transformers"
+    )
+    parser.add_argument(
+        "--shape",
+        choices=(*CPU_SHAPES, *N_LAYERS),
+        help="default: llama-3.1-8b with a GPU, cpu without: 16 layers, d 1,024, V 32,000",
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, help="default: 1500 with a GPU, 128 without")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each arm (default: 3)")
+    _add_outputs(parser)
+    parser.set_defaults(run=run_end_to_end)
+
+
+def _add_scaling(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "scaling", help="the same generation on 1, 2 and 4 ranks, and what `plan` predicts for GPUs"
+    )
+    parser.add_argument("--ranks", default="1,2,4", metavar="P,...", help="default: 1,2,4")
+    parser.add_argument("--shape", choices=(*CPU_SHAPES, *N_LAYERS), default="cpu")
+    _add_outputs(parser)
+    parser.set_defaults(run=run_scaling)
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--save", metavar="NAME", help="keep the result as bench/results/NAME.json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    if arguments.save is not None and not re.fullmatch(r"[\w.-]+", arguments.save):
+        raise ValueError(f"--save {arguments.save}: a name of letters, digits, '.', '_' and '-'")
+    if arguments.json is not None:
+        check_writable(arguments.json)
+
+
+def run_end_to_end(arguments: argparse.Namespace) -> None:
+    device = default_device()
+    on_gpu = device.type == "cuda"
+    new_tokens = arguments.new_tokens or (1500 if on_gpu else 128)
+    for name, value in (("prompt", arguments.prompt_tokens), ("new", new_tokens)):
+        if value < 2:
+            raise ValueError(f"--{name}-tokens {value} is below 2")
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds {arguments.rounds} is below 1")
+    shape = arguments.shape or ("llama-3.1-8b" if on_gpu else "cpu")
+    context = model_config(shape).context
+    if arguments.prompt_tokens + new_tokens > context:
+        raise ValueError(
+            f"{arguments.prompt_tokens} + {new_tokens} tokens exceed the context of {context}"
+        )
+    _check_outputs(arguments)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    setup = Setup(shape, dtype, device, arguments.prompt_tokens, new_tokens, arguments.rounds)
+    result = end_to_end.run(setup, TensorParallel.from_env(device))
+    if not is_printing_rank():
+        return
+    print_result(result)
+    emit(result, arguments.save)
+    if arguments.save is not None:
+        plot(result, RESULTS / f"{arguments.save}.png")
+    if arguments.json is not None:
+        write_json(arguments.json, result)
+
+
+def run_scaling(arguments: argparse.Namespace) -> None:
+    try:
+        rank_counts = [int(part) for part in arguments.ranks.split(",")]
+    except ValueError:
+        raise ValueError(f"--ranks {arguments.ranks} cannot be read: write e.g. 1,2,4") from None
+    if not is_printing_rank():
+        return
+    _check_outputs(arguments)
+    result = scaling.scaling(rank_counts, arguments.shape)
+    scaling.print_scaling(result)
+    emit(result, arguments.save)
+    if arguments.json is not None:
+        write_json(arguments.json, result)
 
 
 def _add_kernels(benchmarks: Any) -> None:
@@ -45,15 +138,12 @@ def run_kernels(arguments: argparse.Namespace) -> None:
     ops = list(filter(None, arguments.ops.split(",")))
     if not ops:
         raise ValueError(f"no operation is named: there are {', '.join(OPS)}")
-    if arguments.save is not None and not re.fullmatch(r"[\w.-]+", arguments.save):
-        raise ValueError(f"--save {arguments.save}: a name of letters, digits, '.', '_' and '-'")
     device = default_device()
     grid = arguments.grid or ("full" if device.type == "cuda" else "small")
     cases(grid, ops)  # refuses unknown names, on every rank
     if not is_printing_rank():
         return
-    if arguments.json is not None:
-        check_writable(arguments.json)
+    _check_outputs(arguments)
     result = run_grid(grid, ops, device, arguments.save)
     if arguments.json is not None:
         write_json(arguments.json, result)

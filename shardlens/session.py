@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .cli import is_printing_rank as is_printing_rank
 from .interp.lens import LensSpec
 from .interp.output import check_writable
 from .interp.show import WIDTH

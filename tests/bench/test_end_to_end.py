@@ -1,0 +1,125 @@
+"""The end-to-end benchmark on a small model: its checks can fail, its figures add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+from oracles import SMALL
+from torch import Tensor
+
+from shardlens.bench import end_to_end, scaling
+from shardlens.bench.arm_measures import Setup, _uncached, peak_bytes
+from shardlens.bench.baselines import ArmOutput
+from shardlens.bench.end_to_end_checks import disagreement, problems
+from shardlens.bench.end_to_end_report import print_result, verdicts
+from shardlens.bench.models import N_LAYERS, model_config, random_model
+from shardlens.model import ModelConfig, Transformer
+from shardlens.model.plan import plan
+from shardlens.parallel.group import TensorParallel
+
+SETUP = Setup("cpu", torch.float32, torch.device("cpu"), prompt_tokens=9, new_tokens=6, rounds=1)
+CONFIG = ModelConfig.from_hf({**SMALL, "architectures": ["LlamaForCausalLM"]})
+N_ARMS = 7
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return random_model(CONFIG, TensorParallel.single(), torch.float32, torch.device("cpu"))
+
+
+def test_checks_are_green_and_can_be_red(model: Transformer) -> None:
+    arms = end_to_end.arms_of(model, SETUP)
+    prompt = SETUP.prompt(CONFIG.vocab_size)
+    assert problems(model, arms, prompt, 4, 5) == []
+
+    def other_lens(*args: Any) -> ArmOutput:
+        right = arms["6 shardlens lens"](*args)
+        assert right.lens_ids is not None
+        ids = right.lens_ids.clone()
+        ids[1, 2, 0] += 1
+        return dataclasses.replace(right, lens_ids=ids)
+
+    def other_text(*args: Any) -> ArmOutput:
+        right = arms["5 shardlens"](*args)
+        return dataclasses.replace(right, token_ids=right.token_ids[::-1])
+
+    red = problems(model, {**arms, "4 paper's method": other_lens}, prompt, 4, 5)
+    assert red == ["4 paper's method: top-1 of new token 1 at layer 2"]
+    assert problems(model, {**arms, "5 shardlens": other_text}, prompt, 4, 5) != []
+    unmoved = {**arms, "7 shardlens lens steered": arms["6 shardlens lens"]}
+    assert "steering has no effect" in problems(model, unmoved, prompt, 4, 5)
+
+
+def test_near_ties_are_no_disagreement() -> None:
+    def output(ids: list[int], logprobs: Tensor) -> ArmOutput:
+        return ArmOutput([ids[0]], torch.tensor([[ids]]), logprobs[None, None])
+
+    ours = output([3, 4], torch.tensor([-1.0, -1.0005]))
+    assert disagreement(ours, output([4, 3], torch.tensor([-1.0, -1.0005])), 1e-3) is None
+    clear = output([3, 4], torch.tensor([-1.0, -2.0]))
+    assert disagreement(clear, output([4, 3], torch.tensor([-1.0, -2.0])), 1e-3) is not None
+    off = output([3, 4], torch.tensor([-1.1, -2.0]))
+    assert "differ by 0.1" in str(disagreement(clear, off, 1e-3))
+
+
+def test_a_whole_run(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(end_to_end, "make_model", lambda setup, parallel: model)
+
+    def peaks(model: Transformer, arms: dict[str, Any], setup: Setup) -> dict[str, int]:
+        return {name: peak_bytes(run, name, setup, 509) or 1 for name, run in arms.items()}
+
+    monkeypatch.setattr(end_to_end, "measure_peaks", peaks)
+    result = end_to_end.run(SETUP, TensorParallel.single())
+    print_result(result)
+    json.dumps(result)
+    assert len(result["arms"]) + len(result["left_out"]) == N_ARMS + 1  # and a variant of one
+    assert result["arms"]["1 baseline"]["extrapolated"]
+    claims = {claim["claim"]: claim for claim in result["claims"]}
+    speed = [result["arms"][name]["tokens_per_s"] for name in ("6 shardlens lens", "5 shardlens")]
+    assert claims["speed with lens over without"]["figure"] == speed[0] / speed[1]
+    assert "NOT MET" in capsys.readouterr().out or all(
+        c["met"] is not False for c in claims.values()
+    )
+    low = {**result, "arms": {**result["arms"]}}
+    low["arms"]["6 shardlens lens"] = {**low["arms"]["6 shardlens lens"], "tokens_per_s": 1e-9}
+    assert not verdicts(low)[0]["met"]
+
+
+def test_extrapolation_is_a_sum_over_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds that grow with the length in a straight line are added up exactly."""
+    from shardlens.bench import arm_measures
+
+    def linear(run: Any, prompt: list[int], n: int, device: Any) -> Any:
+        return arm_measures.Sample(float(len(prompt)), float(len(prompt)))
+
+    monkeypatch.setattr(arm_measures, "timed", linear)
+    found = _uncached(lambda *args: None, SETUP, 509)  # type: ignore[arg-type, return-value]
+    assert found["tokens_per_s"] == pytest.approx(6 / sum(range(9, 15)))
+
+
+def test_published_shapes() -> None:
+    """Their sizes are those of the published models, in billions of parameters."""
+    sizes = {"llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6, "qwen3-4b": 4.02, "qwen3-14b": 14.77}
+    for name in N_LAYERS:
+        planned = plan(model_config(name), ranks=1, context=8, dtype="bfloat16")
+        if name in sizes:
+            assert planned.weights_bytes / 2e9 == pytest.approx(sizes[name], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two real processes against one; a difference between them is refused."""
+    result = scaling.scaling([1, 2], "cpu-small")
+    scaling.print_scaling(result)
+    runs = result["runs"]
+    assert runs[0]["sent_bytes_per_position"] == 0 < runs[1]["sent_bytes_per_position"]
+    alone = dict(ranks=1, token_ids=[1], lens_ids=[2], target_ranks=[3], lens_logprobs=[-1.0])
+    assert scaling.difference({**alone, "ranks": 2}, alone) is None
+    assert scaling.difference({**alone, "lens_ids": [3]}, alone) is not None
+    assert scaling.difference({**alone, "lens_logprobs": [-1.1]}, alone) is not None
