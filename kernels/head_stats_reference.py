@@ -269,7 +269,7 @@ def _count_above(z: Tensor, first_id: int, target: Target) -> Tensor:
     low, high = target.logits - target.slack, target.logits + target.slack
     target_ids = target.ids[:, None]
     beats = (z > high[:, None]) | ((z >= low[:, None]) & (ids < target_ids))
-    return (beats & (ids != target_ids)).sum(-1)
+    return (beats & (ids != target_ids)).sum(-1, dtype=torch.int32)  # a sum of bool is int64
 
 
 def _at_target(z: Tensor, first_id: int, target: Target) -> Tensor:

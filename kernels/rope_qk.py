@@ -37,13 +37,17 @@ def rope_qk_reference(
 ) -> Tensor:
     _, kv_heads, _, head_dim = keys.shape
     heads = qkv.unflatten(-1, (-1, head_dim))  # [B, T, H + 2K, D]
-    q, k, v = heads.split((heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    n_heads = heads.shape[2] - 2 * kv_heads
+    qk, v = heads.split((n_heads + kv_heads, kv_heads), dim=2)
     if q_weight is not None and k_weight is not None:
-        q, k = rmsnorm_reference(q, q_weight, eps), rmsnorm_reference(k, k_weight, eps)
+        q, k = qk.split((n_heads, kv_heads), dim=2)
+        normed = rmsnorm_reference(q, q_weight, eps), rmsnorm_reference(k, k_weight, eps)
+        qk = torch.cat(normed, 2)
+    q, k = rope_reference(qk, cos, sin).split((n_heads, kv_heads), dim=2)
     where = torch.arange(len(qkv), device=qkv.device)[:, None], positions
-    keys.transpose(1, 2).index_put_(where, rope_reference(k, cos, sin))
+    keys.transpose(1, 2).index_put_(where, k)
     values.transpose(1, 2).index_put_(where, v)
-    return rope_reference(q, cos, sin)
+    return q.contiguous()
 
 
 @triton.jit

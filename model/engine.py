@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..kernels.head_stats import MOST_K
 from ..kernels.switch import use_triton
+from .limits import CAPACITY_STEP
 from .step import DecodeStep, StepShape
 from .transformer import Transformer
 
-CAPACITY_STEP = 256  # of a cache that graphs hold on to, so that the next text fits it too
 WARM_UP_RUNS = 2
 
 

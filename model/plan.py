@@ -1,9 +1,7 @@
 """Does a model fit, and how fast can it be at most: arithmetic on its config alone.
 
-Everything is said of the fullest rank. Legend: p ranks, L blocks, d hidden size, B requests (padded
-to a bucket where a decode step is captured), S positions of context, T positions a prefill chunk,
-P states decoded by the lens at a position, k winners, b bytes a number. H, K, f, V: heads, key and
-value heads, MLP width and vocabulary of this rank; D head size.
+Everything is said of the fullest rank. Legend: see `footprint.py`, which has the memory; p ranks, L
+blocks, k winners.
 
     decode step reads    b (block weights + V d + B d) + cache 2 L B K S D b + taps
     decode step sends    (2 L + 1) all-reduces of B d b, winners of its rows to p - 1 ranks
@@ -13,23 +11,21 @@ Nothing here needs torch until a device is asked for its memory.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import footprint
 from .config import DTYPE_BYTES, ModelConfig
-from .limits import CAPTURED_ROWS, DECODED_POSITIONS, PREFILL_CHUNK, RING_TOKENS, ROW_SCALARS
-from .sharding import placements, rank_spans
+from .footprint import DeviceType, Share, Workload, fullest_share
+from .limits import CAPACITY_STEP, RING_TOKENS
 
 if TYPE_CHECKING:
     import torch
 
-    from ..parallel.group import TensorParallel
-
 GIB = 2**30
-DeviceType = Literal["cuda", "cpu"]
+CUDA_RUNTIME_BYTES = GIB  # the context, and workspaces of cuBLAS and NCCL
 
 
 class Gpu(NamedTuple):
@@ -50,69 +46,14 @@ GPUS = {
     "rtx-a6000": Gpu(48, 0.768e12),
 }
 
-# What parts of the engine were seen to take beside the tensors that are counted.
-RESIDUAL_COPIES = 4  # of [B T, d] in prefill: residual, delta, normed, the all-reduce's copy
-SCORE_COPIES = 1  # of attention scores in prefill, float32, where no fused kernel takes the mask
-HEAD_TILE_ROWS = 128
-HEAD_PROGRAMS = 132
-HEAD_TILE_BYTES = 64 * 1024  # that a program of the head's kernel keeps its logits in
-CPU_LOGITS_BYTES = 2**20  # a block of logits of the head's reference
-CPU_LOGITS_COPIES = 6
-MERGE_COPIES = 4  # of the gathered winners, while they are merged in float64
-CUDA_RUNTIME_BYTES = GIB  # the context, and workspaces of cuBLAS and NCCL
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is asked of the model. taps: states decoded a position, the final layer's among them."""
-
-    context: int
-    batch: int
-    taps: int  # 0 without a lens
-    top_k: int
-    dtype: str
-    device_type: DeviceType
-    deferred: bool
-
-    @property
-    def dtype_bytes(self) -> int:
-        return DTYPE_BYTES[self.dtype]
-
-    @property
-    def bucket(self) -> int:
-        """B: captured steps exist for powers of two."""
-        is_captured = self.device_type == "cuda"
-        return 1 << (self.batch - 1).bit_length() if is_captured else self.batch
-
-    @property
-    def head_rows(self) -> int:
-        """Rows of a decode step's product with the head: to sample from, and the taps."""
-        return self.bucket * (self.taps + 1)
-
-    @property
-    def winner_bytes(self) -> int:
-        """What a rank says of one row: k ids and logits, six sums."""
-        return 8 * self.top_k + 24
-
-
-@dataclass(frozen=True)
-class Share:
-    """The fullest rank's part of the model, in numbers."""
-
-    parameters: int
-    block_parameters: int  # of all blocks together
-    n_layers: int
-    d: int
-    q_width: int  # H D
-    kv_width: int  # K D
-    heads: int
-    ffn: int
-    vocab: int
-
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory of the fullest rank, and what one decode step of the batch moves, sends, computes."""
+    """Memory of the fullest rank, and what one decode step of the batch moves, sends, computes.
+
+    lens_workspace_bytes: states on their way to the lens, and a reading of the head, which
+    sampling needs too. prefill_bytes: what a prefill chunk takes beyond a reading.
+    """
 
     config: ModelConfig
     ranks: int
@@ -165,18 +106,36 @@ def plan(
     dtype: str | None = None,
     device_type: DeviceType = "cuda",
     deferred: bool = False,
+    prompt: int | None = None,
+    reads_prompt: bool = True,
 ) -> Plan:
     """What each of `ranks` ranks needs to run `batch` requests of `context` positions each.
 
     taps: (layer, point) pairs that a lens reads, 0 for no lens; final_tapped: whether the last
     resid_post is among them (it is decoded in any case). dtype: a name, default the config's.
-    deferred: the lens decodes the states of RING_TOKENS steps together. Raises ValueError for
-    ranks that cannot share the model, and for more context than it has.
+    deferred: the lens decodes the states of RING_TOKENS steps together. prompt: how many of the
+    positions are fed at the start, default all; reads_prompt: whether the lens
+    reads them. Raises ValueError for ranks that cannot share the model, and for more context than
+    it has.
     """
     dtype = config.dtype_name if dtype is None else dtype
     _check(config, ranks, context, batch, taps, top_k, dtype)
     decoded = taps + 1 if taps and not final_tapped else taps
-    workload = Workload(context, batch, decoded, top_k, dtype, device_type, deferred)
+    capacity = context
+    if device_type == "cuda":
+        capacity = min(config.context, -(-context // CAPACITY_STEP) * CAPACITY_STEP)
+    workload = Workload(
+        context=context,
+        capacity=capacity,
+        prompt=prompt or context,
+        batch=batch,
+        taps=decoded,
+        top_k=top_k,
+        dtype=dtype,
+        device_type=device_type,
+        deferred=deferred,
+        reads_prompt=reads_prompt,
+    )
     return _planned(config, ranks, workload)
 
 
@@ -198,117 +157,23 @@ def _check(
         raise ValueError(f"dtype {dtype} is not supported: only {', '.join(DTYPE_BYTES)} are")
 
 
-def _planned(config: ModelConfig, ranks: int, workload: Workload) -> Plan:
+def _planned(config: ModelConfig, ranks: int, work: Workload) -> Plan:
     share = fullest_share(config, ranks)
+    reading = footprint.reading_bytes(share, work, ranks)
     return Plan(
         config=config,
         ranks=ranks,
-        workload=workload,
-        weights_bytes=share.parameters * workload.dtype_bytes,
-        cache_bytes=cache_bytes(share, workload),
-        taps_bytes=taps_bytes(share, workload),
-        lens_workspace_bytes=captured_bytes(share, workload)
-        + head_bytes(workload)
-        + merge_bytes(workload, ranks),
-        prefill_bytes=prefill_bytes(share, workload),
-        runtime_bytes=CUDA_RUNTIME_BYTES if workload.device_type == "cuda" else 0,
-        moved_bytes_per_token=moved_bytes(share, workload),
-        sent_bytes_per_token=sent_bytes(share, workload, ranks),
-        flops_per_token=step_flops(share, workload),
+        workload=work,
+        weights_bytes=share.parameters * work.dtype_bytes,
+        cache_bytes=footprint.cache_bytes(share, work),
+        taps_bytes=footprint.taps_bytes(share, work),
+        lens_workspace_bytes=footprint.captured_bytes(share, work) + reading,
+        prefill_bytes=max(0, footprint.prefill_bytes(share, work) - reading),
+        runtime_bytes=CUDA_RUNTIME_BYTES if work.device_type == "cuda" else 0,
+        moved_bytes_per_token=moved_bytes(share, work),
+        sent_bytes_per_token=sent_bytes(share, work, ranks),
+        flops_per_token=step_flops(share, work),
     )
-
-
-class _Place(NamedTuple):
-    """All that spans depend on: a plan has no process group to make a TensorParallel of."""
-
-    rank: int
-    size: int
-
-
-def fullest_share(config: ModelConfig, ranks: int) -> Share:
-    """Raises ValueError where the model cannot be split over that many ranks."""
-    # Every rank stores as many heads and rows of the vocabulary; an even split that does not come
-    # out leaves the last rank the larger part.
-    spans = rank_spans(config, cast("TensorParallel", _Place(ranks - 1, ranks)))
-    sizes = {dim: span.padded for dim, span in spans.items()}
-    counts = {
-        name: sum(math.prod(sizes[dim] for dim in part.dims) for part in parts)
-        for name, parts in placements(config).items()
-    }
-    return Share(
-        parameters=sum(counts.values()),
-        block_parameters=sum(n for name, n in counts.items() if name.startswith("blocks.")),
-        n_layers=config.n_layers,
-        d=config.d,
-        q_width=sizes["heads"],
-        kv_width=sizes["kv_heads"],
-        heads=sizes["heads"] // config.head_dim,
-        ffn=sizes["ffn"],
-        vocab=sizes["vocab"],
-    )
-
-
-def cache_bytes(share: Share, work: Workload) -> int:
-    """Keys and values [L, B, K, S, D]."""
-    numbers = share.n_layers * work.bucket * share.kv_width * work.context
-    return 2 * numbers * work.dtype_bytes
-
-
-def taps_bytes(share: Share, work: Workload) -> int:
-    """A step's states [B, P + 1, d] and taps [B, P, d], the ring [64, B, P, d], the record."""
-    tapped = work.bucket * work.taps * share.d
-    ring = RING_TOKENS * tapped if work.deferred else 0
-    states = work.bucket * share.d + tapped
-    record = work.bucket * work.taps * (2 * work.top_k + ROW_SCALARS)
-    return (states + tapped + ring) * work.dtype_bytes + 4 * record
-
-
-def chunk_tokens(work: Workload) -> int:
-    """T: fewer where a lens captures, so that the captured rows B T P stay few."""
-    most = CAPTURED_ROWS // (work.bucket * work.taps) if work.taps else PREFILL_CHUNK
-    return max(1, min(most, PREFILL_CHUNK, work.context))
-
-
-def decoded_rows(work: Workload) -> int:
-    """Rows of captured states that a lens decodes at once."""
-    return min(DECODED_POSITIONS, work.bucket * work.context) * work.taps
-
-
-def captured_bytes(share: Share, work: Workload) -> int:
-    """A chunk's captured states [B T P, d]; of those decoded at once, a copy and its norm."""
-    rows = work.bucket * chunk_tokens(work) * work.taps + 2 * decoded_rows(work)
-    return rows * share.d * work.dtype_bytes
-
-
-def head_bytes(work: Workload) -> int:
-    """What the head keeps of logits, and on CUDA the winners of each program."""
-    if work.device_type == "cpu":
-        return CPU_LOGITS_BYTES * CPU_LOGITS_COPIES
-    rows = max(decoded_rows(work), work.head_rows)
-    tiles = -(-rows // HEAD_TILE_ROWS)
-    return HEAD_PROGRAMS * (tiles * HEAD_TILE_BYTES + rows * work.winner_bytes)
-
-
-def merge_bytes(work: Workload, ranks: int) -> int:
-    """The winners of all ranks, and what is made of them."""
-    rows = max(decoded_rows(work), work.head_rows)
-    return ranks * rows * work.winner_bytes * MERGE_COPIES
-
-
-def prefill_bytes(share: Share, work: Workload) -> int:
-    """The larger of a block's two halves, beside the residual stream."""
-    rows = work.bucket * chunk_tokens(work)
-    mlp = rows * 3 * share.ffn * work.dtype_bytes  # gate and up, and their product
-    residual = rows * RESIDUAL_COPIES * share.d * work.dtype_bytes
-    return residual + max(attention_bytes(share, work), mlp)
-
-
-def attention_bytes(share: Share, work: Workload) -> int:
-    """q, k, v fused, q rotated, the mixed values; mask [B, T, S] and scores [B, H, T, S]."""
-    rows = work.bucket * chunk_tokens(work)
-    numbers = rows * (3 * share.q_width + 2 * share.kv_width)
-    scores = rows * work.context * share.heads * SCORE_COPIES
-    return numbers * work.dtype_bytes + rows * work.context + 4 * scores
 
 
 def moved_bytes(share: Share, work: Workload) -> int:
@@ -336,6 +201,18 @@ def step_flops(share: Share, work: Workload) -> int:
     products = work.bucket * share.block_parameters + work.head_rows * share.vocab * share.d
     attention = share.n_layers * work.batch * work.context * share.q_width
     return 2 * products + 4 * attention
+
+
+def largest_group(config: ModelConfig, ranks: int) -> int:
+    """The most of `ranks` ranks that can share one model, all groups having as many."""
+    for size in range(min(ranks, config.n_heads), 0, -1):
+        if ranks % size == 0:
+            try:
+                fullest_share(config, size)
+            except ValueError:
+                continue
+            return size
+    raise AssertionError("one rank can always hold the model")
 
 
 def fewest_ranks(config: ModelConfig, workload: Workload, memory_bytes: float) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 from .cli import is_printing_rank
 from .interp.output import check_writable, write_json
 from .model.config import DTYPE_BYTES, ModelConfig, find_config
-from .model.plan import GIB, GPUS, Gpu, Plan, fewest_ranks, gib, plan
+from .model.plan import GIB, GPUS, Gpu, Plan, fewest_ranks, gib, largest_group, plan
 from .model.points import check_point, parse_layers
 
 WIDTH = 100
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_writable(arguments.json)
     possible = [planned for planned in plans.values() if isinstance(planned, Plan)]
     fewest = fewest_ranks(config, possible[0].workload, gpu.memory_gib * GIB)
-    _print(arguments, plans, gpu, fewest)
+    _print(arguments, plans, gpu, fewest, config)
     if arguments.json is not None:
         write_json(arguments.json, _content(arguments, plans, gpu, fewest))
 
@@ -79,14 +79,17 @@ def _gpu(arguments: argparse.Namespace) -> Gpu:
 
 
 def _plans(arguments: argparse.Namespace, config: ModelConfig) -> dict[int, Plan | ValueError]:
-    """By rank count, with the error of counts that are impossible; raises it if all are."""
+    """By rank count, with the error of counts that are impossible; raises it if all are.
+
+    More ranks than can share the model are planned in groups that each hold all of it.
+    """
     taps, final_tapped = _taps(arguments.points, arguments.layers, config)
     plans: dict[int, Plan | ValueError] = {}
     for ranks in arguments.ranks:
         try:
             plans[ranks] = plan(
                 config,
-                ranks=ranks,
+                ranks=largest_group(config, ranks) if ranks > config.n_heads else ranks,
                 context=arguments.context,
                 batch=arguments.batch,
                 taps=taps,
@@ -119,6 +122,7 @@ def _print(
     plans: dict[int, Plan | ValueError],
     gpu: Gpu,
     fewest: int | None,
+    config: ModelConfig,
 ) -> None:
     from rich import box
     from rich.console import Console
@@ -129,7 +133,7 @@ def _print(
     for heading in ("ranks", *MEMORY, "total", "fits", "moved", "tokens/s", "sent"):
         table.add_column(heading, justify="right", no_wrap=True)
     for ranks, planned in plans.items():
-        table.add_row(f"{ranks:,}", *_cells(planned, gpu))
+        table.add_row(_label(ranks, planned), *_cells(planned, gpu, ranks))
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or pipe has no width of its own; rich would take 80
         console = Console(highlight=False, width=WIDTH)
@@ -137,15 +141,32 @@ def _print(
     console.print(f"{_question(arguments, plans, gpu)}\n")
     console.print(table)
     console.print(f"\n{_legend(plans)}")
-    for planned in plans.values():
+    for ranks, planned in plans.items():
         if isinstance(planned, ValueError):
             console.print(escape(str(planned)))
+        elif planned.ranks != ranks:
+            console.print(
+                f"{ranks:,} ranks cannot share {config.n_heads} attention heads: "
+                f"{ranks // planned.ranks} groups of {planned.ranks} each hold the model and "
+                "their own requests"
+            )
     console.print(
         "no number of ranks fits" if fewest is None else f"fewest ranks that fit: {fewest:,}"
     )
 
 
-def _cells(planned: Plan | ValueError, gpu: Gpu) -> list[str]:
+def _label(ranks: int, planned: Plan | ValueError) -> str:
+    if isinstance(planned, ValueError) or planned.ranks == ranks:
+        return f"{ranks:,}"
+    return f"{ranks // planned.ranks} x {planned.ranks}"
+
+
+def _tokens_per_s(planned: Plan, gpu: Gpu, ranks: int) -> float:
+    """Of all groups together."""
+    return ranks // planned.ranks * planned.tokens_per_s(gpu.bandwidth_bytes_per_s)
+
+
+def _cells(planned: Plan | ValueError, gpu: Gpu, ranks: int) -> list[str]:
     if isinstance(planned, ValueError):
         return ["-"] * (len(MEMORY) + 1) + ["no", "-", "-", "-"]
     return [
@@ -153,7 +174,7 @@ def _cells(planned: Plan | ValueError, gpu: Gpu) -> list[str]:
         gib(planned.total_bytes),
         "yes" if _fits(planned, gpu) else "no",
         gib(planned.moved_bytes_per_token),
-        f"{planned.tokens_per_s(gpu.bandwidth_bytes_per_s):,.1f}",
+        f"{_tokens_per_s(planned, gpu, ranks):,.1f}",
         f"{planned.sent_bytes_per_token / 1e6:,.2f}",
     ]
 
@@ -198,8 +219,10 @@ def _content(
             if isinstance(planned, ValueError)
             else planned.to_dict()
             | {
+                "ranks": ranks,
+                "ranks_a_group": planned.ranks,
                 "fits": _fits(planned, gpu),
-                "tokens_per_s": planned.tokens_per_s(gpu.bandwidth_bytes_per_s),
+                "tokens_per_s": _tokens_per_s(planned, gpu, ranks),
             }
             for ranks, planned in plans.items()
         ],

@@ -26,8 +26,8 @@ from .model.transformer import Transformer
 from .parallel.collectives import agreed
 from .parallel.group import TensorParallel
 
-# (config, tokenizer) -> (positions that a run will hold, its lens): see `open_session`
-NeedsFn = Callable[[ModelConfig, Tokenizer], tuple[int, LensSpec | None]]
+# (config, tokenizer) -> (positions of the prompt, positions in all, the lens): see `open_session`
+NeedsFn = Callable[[ModelConfig, Tokenizer], tuple[int, int, LensSpec | None]]
 
 
 @dataclass
@@ -102,7 +102,7 @@ def _fit_check(
 
     def check(config: ModelConfig, tokenizer: Tokenizer) -> None:
         own = default_device() if device is None else device
-        context, spec = needs(config, tokenizer)
+        n_prompt, context, spec = needs(config, tokenizer)
         if spec is not None:
             spec.check(config)
         taps = () if spec is None else spec.taps(config)
@@ -117,6 +117,8 @@ def _fit_check(
             dtype=arguments.dtype,
             device_type=kind,
             deferred=spec is not None and spec.mode == "deferred",
+            prompt=n_prompt,
+            reads_prompt=spec is not None and spec.positions in ("all", "prompt"),
         )
         check_fits(planned, device_memory_bytes(own), str(arguments.model))
 
@@ -171,8 +173,8 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
 def run_needs(arguments: argparse.Namespace, spec: LensSpec | None) -> NeedsFn:
     """Of a run that continues one prompt by --max-new-tokens under a lens."""
 
-    def needs(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, LensSpec | None]:
-        prompt = prompt_ids(tokenizer, arguments.prompt, chat=arguments.chat)
-        return len(prompt) + max(0, arguments.max_new_tokens), spec
+    def needs(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, int, LensSpec | None]:
+        n_prompt = len(prompt_ids(tokenizer, arguments.prompt, chat=arguments.chat))
+        return n_prompt, n_prompt + max(0, arguments.max_new_tokens), spec
 
     return needs

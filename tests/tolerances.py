@@ -15,4 +15,5 @@ KERNEL_EPS = 4
 KERNEL_MEAN = 1.01
 GUMBEL = 4e-6  # a kernel's noise, of size up to 22.9, against the float64 inside of the reference
 P_VALUE = 1e-3  # a chi-square test of a right sampler fails this often; seeds are fixed
+PLANNED = 0.1  # memory foretold by `plan` against what is measured, above the weights
 EFFECT = 10  # a bug that a test is there to catch misses by at least so many tolerances
