@@ -31,6 +31,7 @@ class Setup:
     prompt_tokens: int
     new_tokens: int
     rounds: int
+    rivals: bool = True  # whether others are run too, or shardlens alone
 
     def prompt(self, vocab_size: int) -> list[int]:
         generator = torch.Generator().manual_seed(1)
@@ -54,6 +55,7 @@ class Sample:
 
     seconds: float
     first_token_seconds: float
+    allocated_bytes: int | None = None  # at the peak, weights included, where the device counts
 
 
 def timed(run: Run, prompt: list[int], n: int, device: torch.device) -> Sample:
@@ -63,15 +65,20 @@ def timed(run: Run, prompt: list[int], n: int, device: torch.device) -> Sample:
         if not first:
             first.append(time.perf_counter())
 
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
     synchronize(device)
     started = time.perf_counter()
     run(prompt, n, TOP_K, on_token)
     synchronize(device)
-    return Sample(time.perf_counter() - started, first[0] - started)
+    seconds = time.perf_counter() - started
+    allocated = torch.cuda.max_memory_allocated(device) if on_cuda else None
+    return Sample(seconds, first[0] - started, allocated)
 
 
 def measure_times(arms: dict[str, Run], setup: Setup, vocab_size: int) -> dict[str, dict[str, Any]]:
-    """Rounds of all cached arms by turns; uncached ones once a round and length."""
+    """Rounds of all cached arms by turns; uncached ones once for each length."""
     prompt = setup.prompt(vocab_size)
     cached = [name for name in arms if name not in UNCACHED]
     samples: dict[str, list[Sample]] = {name: [] for name in cached}
@@ -93,6 +100,7 @@ def _summary(samples: list[Sample], n_tokens: int) -> dict[str, Any]:
         "tokens_per_s_p20_p50_p80": [fifths[1], fifths[4], fifths[7]],
         "first_token_ms": 1e3 * min(sample.first_token_seconds for sample in samples),
         "seconds": [sample.seconds for sample in samples],
+        "allocated_bytes": max((s.allocated_bytes or 0 for s in samples), default=0),
         "extrapolated": False,
     }
 
@@ -101,7 +109,8 @@ def _uncached(run: Run, setup: Setup, vocab_size: int) -> dict[str, Any]:
     """Seconds of single tokens at three lengths, added up over all with straight lines between."""
     lengths = setup.sampled_lengths
     longest = setup.text(vocab_size, lengths[-1])
-    seconds = [timed(run, longest[:length], 1, setup.device).seconds for length in lengths]
+    samples = [timed(run, longest[:length], 1, setup.device) for length in lengths]
+    seconds = [sample.seconds for sample in samples]
     total = 0.0
     for length in range(setup.prompt_tokens, lengths[-1] + 1):
         low = 0 if length <= lengths[1] else 1
@@ -111,23 +120,16 @@ def _uncached(run: Run, setup: Setup, vocab_size: int) -> dict[str, Any]:
         "tokens_per_s": setup.new_tokens / total,
         "first_token_ms": 1e3 * seconds[0],
         "seconds_of_a_token": dict(zip(map(str, lengths), seconds, strict=True)),
+        "allocated_bytes": max(sample.allocated_bytes or 0 for sample in samples),
         "extrapolated": True,
     }
 
 
 def peak_bytes(run: Run, name: str, setup: Setup, vocab_size: int) -> int:
-    """The most memory a whole run holds above what is there before it."""
+    """The most resident memory that a whole run holds above what is there before it."""
     prompt, n_tokens = setup.prompt(vocab_size), setup.new_tokens
     if name in UNCACHED:  # its last token takes the most
         prompt, n_tokens = setup.text(vocab_size, setup.sampled_lengths[-1]), 1
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(prompt, n_tokens, TOP_K, None)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
     run(prompt[:2], 2, TOP_K, None)  # whatever is set up once
     reset_peak()
     before = resident_bytes("VmRSS")

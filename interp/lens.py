@@ -9,6 +9,7 @@ states of a decode step ride along in the step's own product (see model/step.py)
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +29,7 @@ from .trace import Trace
 
 POSITIONS = ("all", "prompt", "generated", "last")
 MODES = ("live", "deferred")
+KEPT_PIECES = 64
 
 # (request, the newly read positions of it)
 OnLens = Callable[[int, Trace], None]
@@ -83,6 +85,23 @@ class LensSpec:
             )
 
 
+class _Kept:
+    """What was read of one request: packed rows take less room than traces, blocks than pieces."""
+
+    def __init__(self) -> None:
+        self.positions, self.targets = array("q"), array("q")
+        self.blocks: list[Tensor] = []  # [n, P, width]
+        self.recent: list[Tensor] = []
+
+    def add(self, positions: list[int], targets: list[int], rows: Tensor) -> None:
+        self.positions.extend(positions)
+        self.targets.extend(targets)
+        self.recent.append(rows)
+        if len(self.recent) == KEPT_PIECES:
+            self.blocks.append(torch.cat(self.recent))
+            self.recent = []
+
+
 class LensRecorder:
     """Observer of a generation loop that makes one Trace per request.
 
@@ -106,8 +125,7 @@ class LensRecorder:
         self.reader = Reader(taps, spec.top_k, self._target_kind(), spec.mode == "deferred")
         self.reads_steps = spec.positions in ("all", "generated")
         self.fixed_target = spec.targets if isinstance(spec.targets, int) else -1
-        # per request: positions, targets and packed rows, which take less room than traces
-        self.pieces: list[list[tuple[list[int], list[int], Tensor]]] = [[] for _ in sequences]
+        self.kept = [_Kept() for _ in sequences]
 
     def _target_kind(self) -> TargetKind:
         if self.spec.targets is None:
@@ -153,21 +171,17 @@ class LensRecorder:
             targets = [self._target(request, position) for position in positions]
             own = rows[index, : len(self.reported)]
             if self.on_lens is None:
-                self.pieces[request].append((positions, targets, own))
+                self.kept[request].add(positions, targets, own)
             else:
                 self.on_lens(request, Trace.of_rows(self.reported, positions, targets, own))
 
     def finish(self) -> list[Trace]:
         """The traces, one per request, with the ids of their whole text."""
         traces = []
-        for pieces, sequence in zip(self.pieces, self.sequences, strict=True):
-            positions = [position for piece in pieces for position in piece[0]]
-            targets = [target for piece in pieces for target in piece[1]]
-            nothing = torch.empty(
-                (0, len(self.reported), width(self.spec.top_k)), dtype=torch.int32
-            )
-            rows = torch.cat([nothing, *(piece[2] for piece in pieces)])
-            trace = Trace.of_rows(self.reported, positions, targets, rows)
+        nothing = torch.empty((0, len(self.reported), width(self.spec.top_k)), dtype=torch.int32)
+        for kept, sequence in zip(self.kept, self.sequences, strict=True):
+            rows = torch.cat([nothing, *kept.blocks, *kept.recent])
+            trace = Trace.of_rows(self.reported, list(kept.positions), list(kept.targets), rows)
             trace.input_ids = list(sequence)
             traces.append(trace)
         return traces

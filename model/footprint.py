@@ -215,3 +215,8 @@ def attention_bytes(share: Share, work: Workload) -> int:
     on_cuda = work.device_type == "cuda"
     inner = 4 * rows * span * share.heads if on_cuda else ATTENTION_BUFFER_BYTES
     return states * work.dtype_bytes + seen + inner
+
+
+def kept_bytes(work: Workload) -> int:
+    """Of a position's trace on the host: packed rows, the position and its target."""
+    return 4 * work.taps * (2 * work.top_k + ROW_SCALARS) + 16

@@ -67,6 +67,7 @@ class Plan:
     moved_bytes_per_token: int
     sent_bytes_per_token: int
     flops_per_token: int
+    kept_bytes_per_token: int  # of host memory, for the trace of one request's token
 
     @property
     def parts(self) -> dict[str, int]:
@@ -173,6 +174,7 @@ def _planned(config: ModelConfig, ranks: int, work: Workload) -> Plan:
         moved_bytes_per_token=moved_bytes(share, work),
         sent_bytes_per_token=sent_bytes(share, work, ranks),
         flops_per_token=step_flops(share, work),
+        kept_bytes_per_token=footprint.kept_bytes(work),
     )
 
 

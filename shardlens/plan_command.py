@@ -141,6 +141,9 @@ def _print(
     console.print(f"{_question(arguments, plans, gpu)}\n")
     console.print(table)
     console.print(f"\n{_legend(plans)}")
+    kept = next(p.kept_bytes_per_token for p in plans.values() if isinstance(p, Plan))
+    if arguments.points != "none":
+        console.print(f"A kept trace takes {kept / 1024:,.1f} KiB of host memory a token.")
     for ranks, planned in plans.items():
         if isinstance(planned, ValueError):
             console.print(escape(str(planned)))

@@ -71,7 +71,7 @@ def test_a_whole_run(
 ) -> None:
     monkeypatch.setattr(end_to_end, "make_model", lambda setup, parallel: model)
 
-    def peaks(model: Transformer, arms: dict[str, Any], setup: Setup) -> dict[str, int]:
+    def peaks(model: Any, arms: dict[str, Any], setup: Setup, times: Any) -> dict[str, int]:
         return {name: peak_bytes(run, name, setup, 509) or 1 for name, run in arms.items()}
 
     monkeypatch.setattr(end_to_end, "measure_peaks", peaks)
