@@ -57,9 +57,14 @@ class Engine:
         )
 
     def step(self, shape: StepShape) -> EngineStep:
-        """The step of this shape, made when it is asked for first."""
-        if shape not in self.steps:
-            self.steps[shape] = EngineStep(DecodeStep(self.model, self.cache, shape), self.capture)
+        """One that does what this shape asks for, made when it is asked for first.
+
+        A step that can edit more will do: with its tables empty it edits nothing.
+        """
+        for known, step in self.steps.items():
+            if known.covers(shape):
+                return step
+        self.steps[shape] = EngineStep(DecodeStep(self.model, self.cache, shape), self.capture)
         return self.steps[shape]
 
 

@@ -9,6 +9,7 @@ Positions are absolute: those of the text, whatever the chunk, the padding or th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,6 +108,11 @@ class TableShape:
             n_patterns=_rounded(len(every) + 1),
             n_slots=_rounded(max(map(len, steerings)), least=1),
         )
+
+    def covers(self, other: TableShape) -> bool:
+        """Whether a table of this shape has room for what one of the other holds."""
+        sizes = zip(dataclasses.astuple(self)[1:], dataclasses.astuple(other)[1:], strict=True)
+        return set(self.points) >= set(other.points) and all(own >= theirs for own, theirs in sizes)
 
 
 def _rounded(n: int, least: int = 8) -> int:

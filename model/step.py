@@ -16,6 +16,7 @@ taps ride in the product of the step after, which is fed that token.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -76,6 +77,13 @@ class StepShape:
             n_stops=max(8, 1 << (n_stops - 1).bit_length()),
             edits=TableShape.of(steerings),
         )
+
+    def covers(self, other: StepShape) -> bool:
+        """Whether a step of this shape does what one of the other does."""
+        is_alike = dataclasses.replace(self, edits=other.edits) == other
+        if other.edits is None:
+            return is_alike
+        return is_alike and self.edits is not None and self.edits.covers(other.edits)
 
     @property
     def riding(self) -> Reader | None:
@@ -234,7 +242,9 @@ class DecodeStep:
         self.tokens.copy_(tokens)
         self.n_drawn += self.active
         self.n_left -= self.active.long()
-        self.active &= (self.n_left > 0) & ~torch.isin(tokens, self.stop_ids)
+        # not torch.isin, which sorts, and waits for the host, where there are many ids
+        is_stop = (tokens[:, None] == self.stop_ids).any(-1)
+        self.active &= (self.n_left > 0) & ~is_stop
 
     def _scale(self) -> Tensor | None:
         if not self.shape.scaled:

@@ -23,6 +23,7 @@ from shardlens.model import Transformer, load_weights
 from shardlens.model import generation as generation_module
 from shardlens.model import step as step_module
 from shardlens.model.access import Capture
+from shardlens.model.engine import Engine
 from shardlens.model.load import read_config
 from shardlens.model.points import Tap
 from shardlens.model.sampling import Sampling
@@ -374,6 +375,23 @@ def test_shapes_that_capture_anew() -> None:
     assert base != shape(Steering(direction(1), point="mlp_norm"), Sampling(0.7, seed=1))
     assert base != shape(None, Sampling(0.7, seed=1))
     assert base != shape(Steering(direction(1)), Sampling())
+
+
+def test_edits_turned_off_run_in_the_step_that_has_them(checkpoint: Path) -> None:
+    """As do fewer points; more points, or another lens, take a step of their own."""
+    engine = Engine(load(checkpoint, TensorParallel.single()), 1, 32, capture=True)
+
+    def step(*points: str, top_k: int = TOP_K) -> Any:
+        edits = [Steering(direction(1), point=point) for point in points]
+        reader = Reader((Tap(2, "resid_post"),), top_k, "next")
+        return engine.step(StepShape.of(reader, [Sampling()], [edits], 0, V))
+
+    plain = step()
+    both = step("mlp_norm", "resid_mid")
+    assert both is step("mlp_norm") is step("resid_mid", "mlp_norm") is not plain
+    assert step() in (plain, both)
+    assert step("attn_out") is not both and step("mlp_norm", top_k=2) is not both
+    assert len(engine.steps) == 4
 
 
 def test_refilled_buffers_forget_what_was(checkpoint: Path, plain: list[Plain]) -> None:
