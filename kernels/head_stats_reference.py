@@ -32,7 +32,9 @@ from .linear import linear
 # of many ids, which only weights that are widened forbid.
 ROW_BLOCK = 512
 BLOCK_LOGITS = 2**18
+FEW_ROWS, FEW_ROWS_LOGITS = 32, 2**19  # a decode step's, whose passes are short: fewer of them
 WIDENED_BLOCK = 2048
+SPAN, WORTH_SPANS = 128, 4  # columns, and how many times more there must be than are looked at
 LOWEST = -1e30  # stands for logits of -inf in sums, where 0 * -inf would be NaN
 EPS = torch.finfo(torch.float32).eps
 
@@ -129,7 +131,8 @@ def head_stats_reference(
 
 
 def _ids_of_block(n_rows: int, weight: Tensor) -> int:
-    ids = max(1, BLOCK_LOGITS // n_rows)
+    logits = BLOCK_LOGITS if n_rows > FEW_ROWS else FEW_ROWS_LOGITS
+    ids = max(1, logits // n_rows)
     return ids if weight.dtype == torch.float32 else min(WIDENED_BLOCK, ids)
 
 
@@ -292,6 +295,10 @@ def _keep_best(best: tuple[Tensor, ...], block: tuple[Tensor, ...]) -> None:
 
 def _block_best(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row [r, C], ties to the lower column: (values, columns), by column."""
+    if z.shape[1] >= WORTH_SPANS * k * SPAN:
+        columns = _columns_of_best_spans(z, k)  # [r, k * SPAN and the rest]
+        values, at = _block_best(z.gather(1, columns), k)
+        return values, columns.gather(1, at)
     values, columns = z.topk(min(k + 1, z.shape[1]), dim=-1)
     if columns.shape[1] > k:
         # topk breaks ties at will; it matters only where the last winner ties with the next
@@ -301,6 +308,20 @@ def _block_best(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
             columns[tied] = z[tied].argsort(dim=-1, descending=True, stable=True)[:, :k]
     columns = columns.sort(-1).values
     return z.gather(1, columns), columns
+
+
+def _columns_of_best_spans(z: Tensor, k: int) -> Tensor:
+    """Where the k best of each row must be: in the k spans of columns with the largest maxima.
+
+    An id elsewhere has k ids before it, one in each of these spans; of equal maxima the lower
+    spans are taken, so that this holds for ties too. Looking at maxima is faster than at all.
+    """
+    n_spans = z.shape[1] // SPAN
+    maxima = z[:, : n_spans * SPAN].unflatten(1, (n_spans, SPAN)).amax(-1)
+    best = maxima.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
+    columns = best[..., None] * SPAN + torch.arange(SPAN, device=z.device)
+    rest = torch.arange(n_spans * SPAN, z.shape[1], device=z.device)
+    return torch.cat((columns.flatten(1), rest.expand(z.shape[0], -1)), 1)
 
 
 def target_logits_reference(

@@ -37,23 +37,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _parts_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    given = (x, weight) if bias is None else (x, weight, bias)
     return (
         HAS_MKL
-        and not through_op(*given)
-        and all(t.is_cpu and t.dtype == torch.float32 for t in given)
-        and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and weight.is_cpu
         and weight.numel() >= LEAST_WEIGHTS
+        and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
         and weight.shape[0] >= PART
         and weight.stride(-1) == 1
+        and (bias is None or bias.dtype == torch.float32)
+        and not through_op(x, weight, bias)
     )
 
 
 def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K], weight [N, K] -> [M, N]."""
+    """x [M, K], weight [N, K] -> [M, N]. Views are made at once: a decode step makes hundreds."""
+    (n_rows, width), row_stride = x.shape, weight.stride(0)
     n_parts, rest = divmod(weight.shape[0], PART)
+    parts = weight.as_strided((n_parts, width, PART), (PART * row_stride, 1, row_stride))
+    repeated = x.as_strided((n_parts, n_rows, width), (0, x.stride(0), 1))
+    products = torch.bmm(repeated, parts)  # [n, M, PART]
     cut = n_parts * PART
-    parts = weight[:cut].unflatten(0, (n_parts, PART)).transpose(1, 2)  # [n, K, PART]
-    products = torch.bmm(x.expand(n_parts, *x.shape), parts)  # [n, M, PART]
-    y = products.transpose(0, 1).reshape(x.shape[0], cut)
+    y = products.view(1, cut) if n_rows == 1 else products.transpose(0, 1).reshape(n_rows, cut)
     return torch.cat((y, x @ weight[cut:].T), -1) if rest else y

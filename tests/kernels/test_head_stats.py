@@ -136,3 +136,19 @@ def test_norm_error_is_that_of_its_dtype(dtype: torch.dtype) -> None:
     truth = weight.double() * exact
     error = (rmsnorm_reference(x, weight, 1e-5).double() - truth).abs().max()
     assert error <= (best.double() - truth).abs().max() * 1.01 + 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("n_ids", [2047, 4099])
+def test_winners_found_by_their_spans(k: int, n_ids: int) -> None:
+    """Enough ids that spans are looked at first, with so few values that most winners tie."""
+    generator = torch.Generator().manual_seed(k)
+    x = torch.eye(6)
+    levels = torch.randint(0, 3, (n_ids, 6), generator=generator).float()
+    levels[:, 3] = 0  # all tie
+    levels[-1, 4] = 9  # the best lies beyond the last whole span
+    stats = head_stats_reference(x, levels, k=k)
+    order = levels.T.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(stats.ids, order.indices[:, :k])
+    assert torch.equal(stats.values, order.values[:, :k])
+    assert stats.ids[4, 0] == n_ids - 1 and stats.ids[3].tolist() == list(range(k))
