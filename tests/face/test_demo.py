@@ -161,3 +161,23 @@ def test_readme_says_what_was_measured() -> None:
     built = json.loads((ROOT / "bench/results/compiled.json").read_text())["kernels"]
     assert {kernel["capability"] for kernel in built} == {80, 90, 100}
     assert not any(kernel["spills"] for kernel in built) and "spills no registers" in readme
+
+
+def test_readme_says_how_fast_generation_was() -> None:
+    readme = (ROOT / "README.md").read_text()
+    result = json.loads((ROOT / "bench/results/cpu.json").read_text())
+    assert len(result["arms"]) == 7 and result["shape"] == "cpu"
+    assert result["environment"]["threads"] == 2
+    for arm in result["arms"].values():
+        speed, first = f"{arm['tokens_per_s']:.3g}", f"{arm['first_token_ms']:,.0f}"
+        assert f"| {speed} | {first} | {arm['peak_bytes'] / 2**20:,.1f} |" in readme
+    claims = {claim["claim"]: claim["figure"] for claim in result["claims"]}
+    assert f"at {claims['speed with lens over without']:.2f} of its speed" in readme
+    paper = claims["speed with lens over the paper's method"]
+    assert f"{paper:.2f} times as fast" in readme
+    assert f"{claims['speed with lens over the baseline']:.0f} times as fast" in readme
+    long_run = json.loads((ROOT / "bench/results/long-run.json").read_text())
+    for name, value in long_run.items():
+        if name.endswith("_per_token"):
+            assert f"{value:,.0f}" in readme
+    assert long_run["tokens"] == 10_000
