@@ -294,8 +294,8 @@ def rmsnorm_steer(
     flat_1, flat_2 = _flat(before), _flat(after)
     if not through_op(x, residual, weight, *flat_1, *flat_2):
         if not (flat_1 or flat_2 or use_triton(x)):  # rows need not be laid out anew
-            y, h = rmsnorm_steer_reference(x, weight, eps, residual=residual)
-            return y, h if h_out is None else h_out.copy_(h)
+            y, state = rmsnorm_steer_reference(x, weight, eps, residual=residual)
+            return y, state if h_out is None else h_out.copy_(state)
         h = h_out if h_out is not None else _new_state(x, residual, flat_1)
         y = _forward(x, residual, weight, eps, before, after, h)
         return y, x if h is None else h
