@@ -19,8 +19,8 @@ VOCAB, D = 509, 24
 
 
 def head_of(parallel: TensorParallel, device: torch.device) -> VocabHead:
-    torch.manual_seed(3)
-    full = torch.randn(VOCAB, D)
+    # not the global generator, which ranks that are threads share
+    full = torch.randn(VOCAB, D, generator=torch.Generator().manual_seed(3))
     span = split_vocab(VOCAB, parallel.rank, parallel.size)
     head = VocabHead(span, D, parallel=parallel).to(device)
     head.weight.data.zero_()
