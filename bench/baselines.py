@@ -19,22 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .shared_weights import as_transformers
-
-__all__ = [
-    "ArmOutput",
-    "CachedLensArm",
-    "FaithfulBaseline",
-    "OnToken",
-    "PaperMethod",
-    "as_transformers",
-]
+from ..model.plan import available_bytes
 
 OnToken = Callable[[int], None]
 COMPONENTS = 4  # of a block: attention output, mid residual, MLP output, block output
@@ -260,21 +250,16 @@ def _output(tokens: list[int], read: list[tuple[Tensor, Tensor]]) -> ArmOutput:
 def require_bytes(needed: int, device: torch.device, what: str) -> None:
     """Raise ValueError if so much is not free: a CPU's memory running out kills without a word."""
     free = free_bytes(device)
-    if free is not None and needed > free:
+    if needed > free:
         raise ValueError(
             f"{what} take {needed / 2**30:.1f} GiB at once, {free / 2**30:.1f} GiB are free: "
             "ask for fewer tokens"
         )
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """None where there is no such count."""
+def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         # what PyTorch holds in reserve is free too
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
-    meminfo = Path("/proc/meminfo")
-    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    return None
+    return available_bytes()

@@ -26,7 +26,6 @@ class OwnArm:
     model: Transformer
     lens: bool = False
     steering: Sequence[Steering] = ()
-    mode: str = "live"
 
     def run(
         self,
@@ -35,7 +34,7 @@ class OwnArm:
         top_k: int,
         on_token: OnToken | None = None,
     ) -> ArmOutput:
-        spec = LensSpec(top_k=top_k, targets=None, positions="generated", mode=self.mode)
+        spec = LensSpec(top_k=top_k, targets=None, positions="generated")
         sequences = [list(prompt)]
         recorder = LensRecorder(self.model, spec, sequences) if self.lens else None
         generate_tokens(

@@ -4,7 +4,7 @@
 
 Every rank count is a run of its own under torch.distributed.run, on gloo where there is no GPU.
 Ranks that share the cores of one machine cannot be faster than one; what counts there is that
-tokens and top-k ids are equal, and that bytes sent are those that `plan` foretells. Beside
+tokens and top-k ids are equal, and how many bytes are sent. Beside
 it stands what `plan` says of published models on 1 to 64 GPUs: an upper bound, of memory traffic.
 """
 

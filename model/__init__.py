@@ -1,7 +1,8 @@
 """Config, transformer, cache, weights, tokenizer, generation."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..parallel.lazy import lazily
 
 __all__ = ["ModelConfig", "Transformer", "hf_state_dict", "init_weights", "load_weights"]
 
@@ -18,11 +19,4 @@ else:
         "init_weights": ".weights",
         "load_weights": ".weights",
     }
-
-    def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOMES[name], __name__), name)
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = lazily(__name__, _HOMES)

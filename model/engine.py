@@ -11,16 +11,11 @@ from torch import Tensor
 
 from ..kernels.head_stats import MOST_K
 from ..kernels.switch import use_triton
-from .limits import CAPACITY_STEP
+from .limits import batch_bucket, cache_capacity
 from .step import DecodeStep, StepShape
 from .transformer import Transformer
 
 WARM_UP_RUNS = 2
-
-
-def batch_bucket(n_requests: int, device: torch.device) -> int:
-    """Requests are padded to a power of two where steps are captured."""
-    return 1 << (n_requests - 1).bit_length() if device.type == "cuda" else n_requests
 
 
 class Engine:
@@ -34,15 +29,12 @@ class Engine:
     @classmethod
     def of(cls, model: Transformer, n_requests: int, n_tokens: int, capture: bool) -> Engine:
         """One that holds so many requests of so many tokens: the last one if it does."""
-        batch = batch_bucket(n_requests, model.device)
+        batch = batch_bucket(n_requests, model.device.type)
         last = model.engine
         if isinstance(last, Engine) and last.fits(model, batch, n_tokens, capture):
             return last
         model.engine = None  # its memory goes before new memory is taken
-        capacity = n_tokens
-        if model.device.type == "cuda":
-            rounded = -(-n_tokens // CAPACITY_STEP) * CAPACITY_STEP
-            capacity = max(n_tokens, min(model.config.context, rounded))
+        capacity = cache_capacity(n_tokens, model.config.context, model.device.type)
         engine = cls(model, batch, capacity, capture=capture)
         if model.device.type == "cuda":  # elsewhere nothing is captured that were worth keeping
             model.engine = engine

@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from .config import DTYPE_BYTES, ModelConfig
-from .limits import CAPTURED_ROWS, DECODED_POSITIONS, PREFILL_CHUNK, RING_TOKENS, ROW_SCALARS
+from .limits import (
+    CAPTURED_ROWS,
+    DECODED_POSITIONS,
+    PREFILL_CHUNK,
+    RING_TOKENS,
+    ROW_SCALARS,
+    batch_bucket,
+)
 from .sharding import placements, rank_spans
 
 if TYPE_CHECKING:
@@ -59,8 +66,7 @@ class Workload:
     @property
     def bucket(self) -> int:
         """B: captured steps exist for powers of two."""
-        is_captured = self.device_type == "cuda"
-        return 1 << (self.batch - 1).bit_length() if is_captured else self.batch
+        return batch_bucket(self.batch, self.device_type)
 
     @property
     def head_rows(self) -> int:

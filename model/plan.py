@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import footprint
 from .config import DTYPE_BYTES, ModelConfig
 from .footprint import DeviceType, Share, Workload, fullest_share
-from .limits import CAPACITY_STEP, RING_TOKENS
+from .limits import RING_TOKENS, cache_capacity
 
 if TYPE_CHECKING:
     import torch
@@ -115,19 +115,15 @@ def plan(
     taps: (layer, point) pairs that a lens reads, 0 for no lens; final_tapped: whether the last
     resid_post is among them (it is decoded in any case). dtype: a name, default the config's.
     deferred: the lens decodes the states of RING_TOKENS steps together. prompt: how many of the
-    positions are fed at the start, default all; reads_prompt: whether the lens
-    reads them. Raises ValueError for ranks that cannot share the model, and for more context than
-    it has.
+    positions are fed at the start, default all; reads_prompt: whether the lens reads them.
+    Raises ValueError for ranks that cannot share the model, and for more context than it has.
     """
     dtype = config.dtype_name if dtype is None else dtype
     _check(config, ranks, context, batch, taps, top_k, dtype)
     decoded = taps + 1 if taps and not final_tapped else taps
-    capacity = context
-    if device_type == "cuda":
-        capacity = min(config.context, -(-context // CAPACITY_STEP) * CAPACITY_STEP)
     workload = Workload(
         context=context,
-        capacity=capacity,
+        capacity=cache_capacity(context, config.context, device_type),
         prompt=prompt or context,
         batch=batch,
         taps=decoded,
@@ -258,10 +254,11 @@ def device_memory_bytes(device: torch.device) -> int:
         import torch
 
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return _available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Memory of this machine that is free to take."""
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()
     except OSError:  # not Linux

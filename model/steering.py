@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ..kernels.edits import MODES, Edits
 from .config import ModelConfig
+from .limits import rounded_up
 from .points import POINTS, Layers, Tap, check_point, parse_layers
 
 POSITION_RULES = ("all", "prompt", "generated", "last_prompt")
 Rule = str | int | Sequence[int]
+LEAST_ROWS = 8  # of a table, so that a few more edits fit a captured step
 _NO_PATTERN = 0  # the mask without any position
 
 
@@ -104,19 +106,15 @@ class TableShape:
         points = {Tap(0, steering.point).place.point for steering in every}
         return cls(
             points=tuple(point for point in POINTS if point in points),
-            n_vectors=_rounded(len(every)),
-            n_patterns=_rounded(len(every) + 1),
-            n_slots=_rounded(max(map(len, steerings)), least=1),
+            n_vectors=rounded_up(len(every), LEAST_ROWS),
+            n_patterns=rounded_up(len(every) + 1, LEAST_ROWS),
+            n_slots=rounded_up(max(map(len, steerings))),
         )
 
     def covers(self, other: TableShape) -> bool:
         """Whether a table of this shape has room for what one of the other holds."""
         sizes = zip(dataclasses.astuple(self)[1:], dataclasses.astuple(other)[1:], strict=True)
         return set(self.points) >= set(other.points) and all(own >= theirs for own, theirs in sizes)
-
-
-def _rounded(n: int, least: int = 8) -> int:
-    return max(least, 1 << (n - 1).bit_length())
 
 
 class SiteEdits:

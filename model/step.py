@@ -28,7 +28,7 @@ from ..kernels.head_stats_reference import Noise
 from ..parallel.winners import Winners, reduce_head
 from .access import TapBuffer
 from .cache import KVCache
-from .limits import RING_TOKENS
+from .limits import RING_TOKENS, rounded_up
 from .points import Tap
 from .reading import pack, width
 from .sampling import Sampling, SamplingTable, draw, winners_needed
@@ -36,6 +36,7 @@ from .steering import EditTable, Steering, TableShape
 from .transformer import Transformer
 
 TargetKind = Literal["none", "fixed", "next"]
+LEAST_STOPS = 8  # ids that a step has room for
 NOT_KNOWN, NOT_FINITE = 1, 2  # bits of a record's flag
 
 
@@ -74,7 +75,7 @@ class StepShape:
             draws=any(s.temperature > 0 for s in samplings),
             scaled=any(s.temperature not in (0, 1) for s in samplings),
             n_winners=winners_needed(samplings, vocab_size),
-            n_stops=max(8, 1 << (n_stops - 1).bit_length()),
+            n_stops=rounded_up(n_stops, LEAST_STOPS),
             edits=TableShape.of(steerings),
         )
 

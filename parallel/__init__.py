@@ -1,7 +1,8 @@
 """Ranks, collectives that count their bytes, sharded layers, and the sharded vocabulary."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazily
 
 __all__ = [
     "ColumnLinear",
@@ -31,11 +32,4 @@ else:
         "Winners": ".winners",
         "reduce_head": ".winners",
     }
-
-    def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOMES[name], __name__), name)
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = lazily(__name__, _HOMES)

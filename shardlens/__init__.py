@@ -1,7 +1,8 @@
 """Read and steer LLaMA and Qwen models too large for one GPU, while they run."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .parallel.lazy import lazily
 
 __all__ = [
     "LensSpec",
@@ -48,14 +49,4 @@ else:
         "lens": ".run",
         "load": ".model.load",
     }
-    _FOLDERS = ("interp", "kernels", "model", "parallel")
-
-    def __getattr__(name: str) -> Any:
-        if name in _FOLDERS:
-            return import_module(f".{name}", __name__)
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOMES[name], __name__), name)
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, *_FOLDERS})
+    __getattr__, __dir__ = lazily(__name__, _HOMES, ("interp", "kernels", "model", "parallel"))

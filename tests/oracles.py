@@ -30,6 +30,18 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=32,
     rope_theta=10000.0,
 )
+# The published model, as its config.json has it.
+LLAMA_405B = dict(
+    architectures=["LlamaForCausalLM"],
+    hidden_size=16384,
+    num_hidden_layers=126,
+    num_attention_heads=128,
+    num_key_value_heads=8,
+    intermediate_size=53248,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    torch_dtype="bfloat16",
+)
 # Every family, GQA ratio, tied and untied head, bias, q/k norm and rope scaling.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("Llama", dict(num_key_value_heads=4)),

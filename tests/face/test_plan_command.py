@@ -11,23 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles import LLAMA_405B
 
 import shardlens
 from shardlens import cli
 from shardlens.cli import main
 from shardlens.model.plan import GPUS
-
-LLAMA_405B = dict(
-    architectures=["LlamaForCausalLM"],
-    hidden_size=16384,
-    num_hidden_layers=126,
-    num_attention_heads=128,
-    num_key_value_heads=8,
-    intermediate_size=53248,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    torch_dtype="bfloat16",
-)
 
 
 @pytest.fixture

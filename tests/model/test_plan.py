@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FAMILIES, SMALL
+from oracles import FAMILIES, LLAMA_405B, SMALL
 
 from shardlens.model.config import ModelConfig
 from shardlens.model.footprint import chunk_tokens
@@ -16,7 +16,7 @@ from shardlens.model.limits import CAPTURED_ROWS, RING_TOKENS
 from shardlens.model.plan import (
     GIB,
     GPUS,
-    _available_bytes,
+    available_bytes,
     check_fits,
     device_memory_bytes,
     fewest_ranks,
@@ -25,18 +25,6 @@ from shardlens.model.plan import (
 from shardlens.model.transformer import Transformer
 from shardlens.parallel.group import TensorParallel
 from shardlens.parallel.winners import reduce_head
-
-LLAMA_405B = dict(
-    architectures=["LlamaForCausalLM"],
-    hidden_size=16384,
-    num_hidden_layers=126,
-    num_attention_heads=128,
-    num_key_value_heads=8,
-    intermediate_size=53248,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    torch_dtype="bfloat16",
-)
 
 
 def small(name: str, **changes: Any) -> ModelConfig:
@@ -211,7 +199,7 @@ def test_what_fits_nowhere_names_no_ranks() -> None:
 
 def test_cpu_memory_is_shared_by_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr("shardlens.model.plan._available_bytes", lambda: 1000)
+    monkeypatch.setattr("shardlens.model.plan.available_bytes", lambda: 1000)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert device_memory_bytes(cpu) == 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -221,8 +209,8 @@ def test_cpu_memory_is_shared_by_the_ranks_of_a_machine(monkeypatch: pytest.Monk
 def test_available_memory_is_what_linux_says(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    7 kB\n")
-    assert _available_bytes(meminfo) == 7 * 1024
-    assert _available_bytes(tmp_path / "none") > 2**20
+    assert available_bytes(meminfo) == 7 * 1024
+    assert available_bytes(tmp_path / "none") > 2**20
 
 
 @pytest.mark.gpu
