@@ -19,9 +19,11 @@ the peak above the weights, of each arm in a process of its own on a CPU.
 from __future__ import annotations
 
 import dataclasses
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -39,6 +41,8 @@ from .shared_weights import as_transformers
 from .timing import measured_rates
 
 CHECKED_TOKENS = 8
+# glibc raises its threshold with the sizes it sees; then what is freed stays resident, by chance
+FIXED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 OTHER_DTYPE = "the weights are held in the other dtype"
 
 
@@ -127,7 +131,8 @@ def measure_peaks(
         elif model.parallel.size > 1:
             peaks[name] = peak_bytes(run, name, setup, model.config.vocab_size)
         else:
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            spawning = ProcessPoolExecutor(1, get_context("spawn"))
+            with patch.dict(os.environ, FIXED_ALLOCATOR), spawning as pool:
                 threads = torch.get_num_threads()
                 peaks[name] = pool.submit(_peak_in_this_process, name, setup, threads).result()
         print(f"{name:26}{peaks[name] / 2**20:12,.1f} MiB above the weights", flush=True)
