@@ -86,6 +86,7 @@ def steered_by_hooks(
     """What transformers says of the steered text, its MLP inputs moved by hooks at new tokens."""
     assert STEERED_POINT == "mlp_norm"
     edit = random_steering(model)[0]
+    assert isinstance(edit.vector, Tensor)
     hf = as_transformers(model)
     ids = torch.tensor([[*prompt, *steered.token_ids[:-1]]], device=model.device)
     move = edit.scale * edit.vector.to(model.device, model.dtype)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: there is no folder {folder}")
     if path.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{path} cannot be written")
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """Raise ValueError if `module`, which comes with an extra, is not installed."""
+    try:
+        import_module(module)
+    except ImportError:
+        raise ValueError(f"{what} needs {module}: pip install 'shardlens[{extra}]'") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

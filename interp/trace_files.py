@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .output import replacing, write_json
+from .output import replacing, require, write_json
 from .show import tap_label, visible
 from .trace import Trace
 
@@ -42,9 +42,9 @@ def save_trace(trace: Trace, path: Path) -> None:
 def check_format(path: Path) -> None:
     """Raise ValueError if the ending of `path` names no format that can be written here."""
     _writer(path)
-    needs = {".png": "matplotlib", ".parquet": "pyarrow"}.get(path.suffix)
+    needs = {".png": ("matplotlib", "plot"), ".parquet": ("pyarrow", "parquet")}.get(path.suffix)
     if needs is not None:
-        _needs(needs, path)
+        require(*needs, str(path))
 
 
 def _writer(path: Path) -> Callable[[Trace, Path], None]:
@@ -52,14 +52,6 @@ def _writer(path: Path) -> Callable[[Trace, Path], None]:
     if path.suffix not in writers:
         raise ValueError(f"{path}: a trace is written as {', '.join(writers)}, by the ending")
     return writers[path.suffix]
-
-
-def _needs(module: str, path: Path) -> None:
-    extra = {"matplotlib": "plot", "pyarrow": "parquet"}[module]
-    try:
-        __import__(module)
-    except ImportError:
-        raise ValueError(f"{path} needs {module}: pip install 'shardlens[{extra}]'") from None
 
 
 def _json(trace: Trace, path: Path) -> None:
@@ -104,7 +96,7 @@ def _html_cell(trace: Trace, at: int, tap: int) -> str:
 
 
 def _png(trace: Trace, path: Path) -> None:
-    _needs("matplotlib", path)
+    require("matplotlib", "plot", str(path))
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -143,7 +135,7 @@ def _png_texts(trace: Trace, axes: Any, probabilities: Tensor) -> None:
 
 def _parquet(trace: Trace, path: Path) -> None:
     """One row per position, tap and winner; `place` counts the winners from 0."""
-    _needs("pyarrow", path)
+    require("pyarrow", "parquet", str(path))
     import pyarrow
     from pyarrow import parquet
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .access import NO_ACCESS, Capture
+from .edit_table import TableShape
 from .engine import Engine, HostCopy
 from .limits import CAPTURED_ROWS, PREFILL_CHUNK, RING_TOKENS
 from .reading import width
@@ -139,7 +140,9 @@ class _Run:
         self.reads_steps = observer is not None and observer.reads_steps and max_new_tokens > 0
         reader = observer.reader if observer is not None and self.reads_steps else None
         engine = Engine.of(model, len(sequences), self.capacity, capture)
-        shape = StepShape.of(reader, samplings, steerings, len(stop_ids), model.config.vocab_size)
+        lengths = [len(prompt) for prompt in self.prompts]
+        edits = TableShape.of(steerings, lengths, engine.cache.capacity, model.config)
+        shape = StepShape.of(reader, samplings, edits, len(stop_ids), model.config.vocab_size)
         self.runner = engine.step(shape)
         self.step = self.runner.step
         if max_new_tokens > 1:
@@ -147,7 +150,7 @@ class _Run:
         self.step.start(
             samplings,
             steerings,
-            [len(prompt) for prompt in self.prompts],
+            lengths,
             max_new_tokens,
             sorted(stop_ids),
             -1 if observer is None else observer.fixed_target,

@@ -1,77 +1,164 @@
-"""Edits of hidden states by request, place and position, from tables in device memory.
+"""What to change in the hidden states of a text, and where.
 
-A `Steering` says what to change where; an `EditTable` holds many of them so that the norm's kernel
-finds the vector of each row by itself. Nothing but the table's size and which points it covers
-decides what is launched: a captured decode step follows every other change without a new capture.
-
-Positions are absolute: those of the text, whatever the chunk, the padding or the cache.
+Positions are absolute: those of the text, whatever the chunk, the padding or the cache. How the
+edits of a batch get to the device is told in `edit_table.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..kernels.edits import MODES, Edits
+from ..kernels.edits import MODES
 from .config import ModelConfig
-from .limits import rounded_up
 from .points import POINTS, Layers, Tap, check_point, parse_layers
 
-POSITION_RULES = ("all", "prompt", "generated", "last_prompt")
+POSITION_RULES = ("all", "prompt", "generated", "last_prompt", "label")
+UNITS = ("vector", "resid_norm")
+DEFAULT_POINT = "resid_post"  # of a vector that comes without a place
 Rule = str | int | Sequence[int]
-LEAST_ROWS = 8  # of a table, so that a few more edits fit a captured step
-_NO_PATTERN = 0  # the mask without any position
+
+
+@runtime_checkable
+class VectorsByPlace(Protocol):
+    """A vector for each of some places of a model, and how long the states there are."""
+
+    @property
+    def taps(self) -> Sequence[Tap]:
+        """The places that have a vector."""
+        ...
+
+    @property
+    def d(self) -> int:
+        """The vectors' width."""
+        ...
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the model that the vectors were made for."""
+        ...
+
+    def at(self, tap: Tap) -> Tensor:
+        """[d] float32. Raises ValueError for a place without a vector."""
+        ...
+
+    def resid_norm(self, tap: Tap) -> float:
+        """Mean norm of the states at a place. Raises ValueError where it is not known."""
+        ...
 
 
 @dataclass(frozen=True)
 class Steering:
-    """Edit `point` of `layers` with one vector, at some positions of a text.
+    """Edit `point` of `layers` with a vector, at some positions of a text.
 
-    vector: [d]. layers: as in `LensSpec`. mode: one of kernels.edits.MODES; with "clamp", scale is
-    the component that the state gets along the vector, else it multiplies the vector. positions:
-    "all"; "prompt"; "generated", the positions of new tokens; "last_prompt", the prompt's last;
-    a number, all from that position on; or a sequence of absolute positions.
+    vector: [d], for all layers, or `VectorsByPlace`, of which each layer gets its own; then "all"
+    layers are those that have one, and the point may be left out where they have but one.
+    layers: as in `LensSpec`. point: "resid_post" if a lone vector comes without. mode: one of
+    kernels.edits.MODES. scale: multiplies the vector; with "clamp" it is the component that the
+    state gets along the vector. unit: what scale counts in, "vector" as told, or "resid_norm":
+    then a scale of 1 makes the change (with "clamp" the component) as long as the states at the
+    place are on average. positions: "all"; "prompt"; "generated", the positions of new tokens;
+    "last_prompt", the prompt's last; "label", the one after it; a number, all from that position
+    on; or a sequence of absolute positions.
 
-    Raises ValueError for a vector that is not flat and finite, and for unknown words.
+    Edits that meet at a place and position act one after another, in the order of their list.
+
+    Raises ValueError for a vector that is not flat, is not finite or is all zeros, for places
+    without a vector, for a unit that the vector or the mode has no use for, and for unknown words.
     """
 
-    vector: Tensor
+    vector: Tensor | VectorsByPlace
     layers: Layers = "all"
-    point: str = "resid_post"
+    point: str | None = None
     mode: str = "add"
     scale: float = 1.0
     positions: Rule = "all"
+    unit: str = "vector"
 
     def __post_init__(self) -> None:
-        check_point(self.point)
-        if self.vector.ndim != 1:
-            raise ValueError(f"a steering vector has one dim, not {list(self.vector.shape)}")
-        if not self.vector.isfinite().all() or abs(self.scale) == float("inf"):
-            raise ValueError("the steering vector or its scale is not finite")
-        if self.scale != self.scale:
-            raise ValueError("the steering scale is not a number")
+        if not isinstance(self.vector, Tensor | VectorsByPlace):
+            raise ValueError(f"a steering vector is a tensor, not a {type(self.vector).__name__}")
         if self.mode not in MODES:
             raise ValueError(f"steering mode {self.mode}: there are {', '.join(MODES)}")
-        if isinstance(self.positions, str) and self.positions not in POSITION_RULES:
+        if math.isnan(self.scale):
+            raise ValueError("the steering scale is not a number")
+        if math.isinf(self.scale):
+            raise ValueError("the steering scale is not finite")
+        _check_positions(self.positions)
+        self._check_unit()
+        point = _default_point(self.vector) if self.point is None else self.point
+        check_point(point)
+        object.__setattr__(self, "point", point)  # frozen, but this is still its making
+        self._check_vectors()
+
+    def _check_unit(self) -> None:
+        if self.unit not in UNITS:
+            raise ValueError(f"steering unit {self.unit}: there are {', '.join(UNITS)}")
+        if self.unit == "vector":
+            return
+        if isinstance(self.vector, Tensor):
             raise ValueError(
-                f"steering positions {self.positions!r}: there are {', '.join(POSITION_RULES)}, "
-                "a first position, or a list of positions"
+                "unit resid_norm needs vectors that know how long the states at their place are: "
+                "a plain tensor does not"
             )
+        if self.mode == "ablate":
+            raise ValueError(
+                "unit resid_norm means nothing to mode ablate, whose scale is the share that goes"
+            )
+
+    def _check_vectors(self) -> None:
+        if isinstance(self.vector, Tensor):
+            if self.vector.ndim != 1:
+                raise ValueError(f"a steering vector has one dim, not {list(self.vector.shape)}")
+            _check_vector(self.vector, "the steering vector")
+            return
+        for tap in self.taps(self.vector.n_layers):
+            name = f"the steering vector of layer {tap.layer}, {tap.point}"
+            vector = self.vector.at(tap)
+            if vector.shape != (self.vector.d,):
+                raise ValueError(f"{name} is {list(vector.shape)}, not [{self.vector.d}]")
+            _check_vector(vector, name)
+            self.scale_at(tap)  # raises where a norm is not known
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ValueError for a vector of another width, or a layer that does not exist."""
-        if self.vector.shape[0] != config.d:
-            raise ValueError(
-                f"the steering vector has {self.vector.shape[0]} numbers, the model {config.d}"
-            )
-        parse_layers(self.layers, config.n_layers)
+        """Raise ValueError for vectors of another model, or a layer that does not exist."""
+        if isinstance(self.vector, Tensor):
+            name, width = "the steering vector has", self.vector.shape[0]
+        else:
+            name, width = "the steering vectors have", self.vector.d
+            if self.vector.n_layers != config.n_layers:
+                raise ValueError(
+                    f"the steering vectors are for a model of {self.vector.n_layers} layers, "
+                    f"this one has {config.n_layers}"
+                )
+        if width != config.d:
+            raise ValueError(f"{name} {width} numbers, the model {config.d}")
+        self.taps(config.n_layers)
 
-    def places(self, n_layers: int) -> list[Tap]:
-        return [Tap(layer, self.point).place for layer in parse_layers(self.layers, n_layers)]
+    def taps(self, n_layers: int) -> list[Tap]:
+        """The places that are edited, in order of layers."""
+        assert self.point is not None  # since it was made
+        if isinstance(self.vector, Tensor):
+            layers = parse_layers(self.layers, n_layers)
+        else:
+            layers = _layers_held(self.vector, self.layers, self.point)
+        return [Tap(layer, self.point) for layer in layers]
+
+    def vector_at(self, tap: Tap) -> Tensor:
+        """[d]: the vector at one of `taps`."""
+        return self.vector if isinstance(self.vector, Tensor) else self.vector.at(tap)
+
+    def scale_at(self, tap: Tap) -> float:
+        """The scale at one of `taps`, in the unit that kernels.edits counts in."""
+        if isinstance(self.vector, Tensor) or self.unit == "vector":
+            return self.scale
+        size = self.scale * self.vector.resid_norm(tap)
+        return size if self.mode == "clamp" else size / float(self.vector.at(tap).double().norm())
 
     def mask(self, prompt_length: int, capacity: int) -> Tensor:
         """[capacity] bool: the positions that are edited."""
@@ -85,159 +172,65 @@ class Steering:
             "prompt": at < prompt_length,
             "generated": at >= prompt_length,
             "last_prompt": at == prompt_length - 1,
+            "label": at == prompt_length,
         }[self.positions]
 
 
-@dataclass(frozen=True)
-class TableShape:
-    """What a captured step depends on: sizes, rounded up, and the points that are edited."""
+def _check_vector(vector: Tensor, name: str) -> None:
+    if not vector.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+    if not vector.any():
+        raise ValueError(f"{name} is all zeros")
 
-    points: tuple[str, ...]
-    n_vectors: int
-    n_patterns: int
-    n_slots: int
 
-    @classmethod
-    def of(cls, steerings: Sequence[Sequence[Steering]]) -> TableShape | None:
-        """That of one list of edits a request; None where nothing is edited."""
-        every = [steering for own in steerings for steering in own]
-        if not every:
-            return None
-        points = {Tap(0, steering.point).place.point for steering in every}
-        return cls(
-            points=tuple(point for point in POINTS if point in points),
-            n_vectors=rounded_up(len(every), LEAST_ROWS),
-            n_patterns=rounded_up(len(every) + 1, LEAST_ROWS),
-            n_slots=rounded_up(max(map(len, steerings))),
+def _check_positions(rule: object) -> None:
+    """What the annotation says, said again for callers without a type checker."""
+    choice = f"there are {', '.join(POSITION_RULES)}, a first position, or a list of positions"
+    if isinstance(rule, str):
+        if rule not in POSITION_RULES:
+            raise ValueError(f"steering positions {rule!r}: {choice}")
+        return
+    numbers = list(rule) if isinstance(rule, Sequence) else [rule]
+    if not numbers:
+        raise ValueError("steering positions are an empty list: name at least one")
+    for number in numbers:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(f"steering positions of type {type(number).__name__}: {choice}")
+        if number < 0:
+            raise ValueError(
+                f"steering position {number} is below 0: positions count from the text's start"
+            )
+
+
+def _default_point(vectors: Tensor | VectorsByPlace) -> str:
+    if isinstance(vectors, Tensor):
+        return DEFAULT_POINT
+    points = _points_held(vectors)
+    if len(points) > 1:
+        raise ValueError(f"the steering vectors have points {', '.join(points)}: name one of them")
+    return points[0]
+
+
+def _points_held(vectors: VectorsByPlace) -> list[str]:
+    held = {tap.point for tap in vectors.taps}
+    if not held:
+        raise ValueError("the steering vectors hold no vector")
+    return [point for point in POINTS if point in held]
+
+
+def _layers_held(vectors: VectorsByPlace, layers: Layers, point: str) -> list[int]:
+    """Those of `layers` at `point`, all of which must have a vector."""
+    held = sorted({tap.layer for tap in vectors.taps if tap.point == point})
+    if not held:
+        points = ", ".join(_points_held(vectors))
+        raise ValueError(f"the steering vectors have none at {point}: they have {points}")
+    if layers == "all":
+        return held
+    wanted = parse_layers(layers, vectors.n_layers)
+    missing = [layer for layer in wanted if layer not in held]
+    if missing:
+        raise ValueError(
+            f"the steering vectors have none at layer {missing[0]}, {point}: "
+            f"they have layers {', '.join(map(str, held))}"
         )
-
-    def covers(self, other: TableShape) -> bool:
-        """Whether a table of this shape has room for what one of the other holds."""
-        sizes = zip(dataclasses.astuple(self)[1:], dataclasses.astuple(other)[1:], strict=True)
-        return set(self.points) >= set(other.points) and all(own >= theirs for own, theirs in sizes)
-
-
-class SiteEdits:
-    """The edits of one forward pass, by place. The default is none anywhere."""
-
-    def __init__(self, by_place: dict[Tap, Edits] | None = None) -> None:
-        self._by_place = by_place or {}
-
-    def at(self, place: Tap) -> Edits | None:
-        return self._by_place.get(place)
-
-
-NO_EDITS = SiteEdits()
-
-
-class EditTable:
-    """Edits of a batch of requests; Z places, S slots a place and request, B requests.
-
-    Slots let a request have several edits at one place, at different positions each.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        shape: TableShape,
-        batch: int,
-        capacity: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.config, self.shape, self.capacity = config, shape, capacity
-        self.places = [
-            Tap(layer, point) for point in shape.points for layer in range(config.n_layers + 1)
-        ]
-        sites = (len(self.places), shape.n_slots, batch)
-
-        def zeros(*size: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        self.vectors = zeros(shape.n_vectors, config.d, dtype=dtype)
-        self.modes = zeros(shape.n_vectors, dtype=torch.int32)
-        self.masks = zeros(shape.n_patterns, capacity, dtype=torch.bool)
-        self.row = zeros(*sites, dtype=torch.int32)  # of `vectors`
-        self.scale = zeros(*sites, dtype=torch.float32)
-        self.pattern = zeros(*sites, dtype=torch.int64)  # row of `masks`
-
-    @classmethod
-    def of(
-        cls,
-        steerings: Sequence[Sequence[Steering]],
-        prompt_lengths: Sequence[int],
-        capacity: int,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> EditTable:
-        """One for passes over texts of up to `capacity` positions, with at least one edit."""
-        shape = TableShape.of(steerings)
-        assert shape is not None
-        table = cls(config, shape, len(steerings), capacity, dtype=dtype, device=device)
-        table.fill(steerings, prompt_lengths)
-        return table
-
-    def first(self, batch: int) -> EditTable:
-        """That of the first `batch` requests, in the same memory."""
-        part = EditTable.__new__(EditTable)
-        part.__dict__.update(self.__dict__)
-        for name in ("row", "scale", "pattern"):
-            setattr(part, name, getattr(self, name)[..., :batch])
-        return part
-
-    def fill(self, steerings: Sequence[Sequence[Steering]], prompt_lengths: Sequence[int]) -> None:
-        """Replace all content: one list of edits a request.
-
-        Raises ValueError where two edits of a request meet at one place and position.
-        """
-        slot_of = {place: index for index, place in enumerate(self.places)}
-        row, scale = (
-            torch.zeros_like(self.row, device="cpu"),
-            torch.zeros_like(self.scale, device="cpu"),
-        )
-        pattern = torch.full_like(self.pattern, _NO_PATTERN, device="cpu")
-        number = 0
-        for request, (own, length) in enumerate(zip(steerings, prompt_lengths, strict=True)):
-            for steering in own:
-                mask = steering.mask(length, self.capacity)
-                self.vectors[number] = steering.vector.to(self.vectors)
-                self.modes[number] = MODES.index(steering.mode)
-                self.masks[number + 1] = mask.to(self.masks.device)
-                for place in steering.places(self.config.n_layers):
-                    site = slot_of[place]
-                    slot = self._free_slot(pattern[site, :, request], mask, place)
-                    row[site, slot, request] = number
-                    scale[site, slot, request] = steering.scale
-                    pattern[site, slot, request] = number + 1
-                number += 1
-        for own_table, filled in ((self.row, row), (self.scale, scale), (self.pattern, pattern)):
-            own_table.copy_(filled)
-
-    def _free_slot(self, patterns: Tensor, mask: Tensor, place: Tap) -> int:
-        for slot, taken in enumerate(patterns.tolist()):
-            if taken == _NO_PATTERN:
-                return slot
-            meeting = (self.masks[taken].cpu() & mask).nonzero()
-            if meeting.numel():
-                raise ValueError(
-                    f"two edits meet at layer {place.layer}, {place.point}, position "
-                    f"{int(meeting[0])}: add their vectors, or give them different positions"
-                )
-        raise AssertionError("there are as many slots as edits of a request")
-
-    def at(self, positions: Tensor) -> SiteEdits:
-        """The edits of rows at absolute positions [B, T], with nothing read on the host."""
-        where = positions.clamp(max=self.capacity - 1)
-        batch_at = where[None, None].expand(*self.pattern.shape, -1)  # [Z, S, B, T]
-        applies = self.masks[self.pattern[..., None], batch_at]
-        # at most one slot applies
-        index = torch.where(applies, self.row[..., None], -1).amax(1).flatten(1)  # [Z, B * T]
-        scale = torch.where(applies, self.scale[..., None], 0).sum(1).flatten(1)
-        return SiteEdits(
-            {
-                place: Edits(self.vectors, self.modes, index[site], scale[site])
-                for site, place in enumerate(self.places)
-            }
-        )
+    return wanted

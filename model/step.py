@@ -28,11 +28,12 @@ from ..kernels.head_stats_reference import Noise
 from ..parallel.winners import Winners, reduce_head
 from .access import TapBuffer
 from .cache import KVCache
+from .edit_table import EditTable, TableShape
 from .limits import RING_TOKENS, rounded_up
 from .points import Tap
 from .reading import pack, width
 from .sampling import Sampling, SamplingTable, draw, winners_needed
-from .steering import EditTable, Steering, TableShape
+from .steering import Steering
 from .transformer import Transformer
 
 TargetKind = Literal["none", "fixed", "next"]
@@ -66,7 +67,7 @@ class StepShape:
         cls,
         reader: Reader | None,
         samplings: Sequence[Sampling],
-        steerings: Sequence[Sequence[Steering]],
+        edits: TableShape | None,
         n_stops: int,
         vocab_size: int,
     ) -> StepShape:
@@ -76,7 +77,7 @@ class StepShape:
             scaled=any(s.temperature not in (0, 1) for s in samplings),
             n_winners=winners_needed(samplings, vocab_size),
             n_stops=rounded_up(n_stops, LEAST_STOPS),
-            edits=TableShape.of(steerings),
+            edits=edits,
         )
 
     def covers(self, other: StepShape) -> bool:

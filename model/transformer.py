@@ -8,7 +8,7 @@ between blocks are whole, and the same, on every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ from ..parallel.vocab import VocabEmbedding, VocabHead
 from .access import NO_ACCESS, Access
 from .cache import KVCache
 from .config import ModelConfig, RopeScaling
+from .edit_table import NO_EDITS, EditTable, SiteEdits
 from .points import Tap
 from .sharding import rank_spans
-from .steering import NO_EDITS, EditTable, SiteEdits
 from .tokenizer import Tokenizer
 
 # (the block's attention, its number, q, k, v fused [B, T, (H + 2K) D]) -> mixed [B, T, H, D]
@@ -59,9 +59,14 @@ class RMSNorm(nn.Module):
             x, self.weight, self.eps, residual=residual, before=before, after=after, h_out=h_out
         )
 
-    def edited(self, x: Tensor, edits: Edits | None) -> Tensor:
-        """x with its edits: the norm's kernel edits what it reads, and the norm is left unused."""
-        return x if edits is None else self.of_sum(x, None, before=edits)[1]
+    def edited(self, x: Tensor, edits: Sequence[Edits], residual: Tensor | None = None) -> Tensor:
+        """x + residual with its edits, one after another; x itself where there is neither.
+
+        The norm's kernel edits what it reads, and the norm is left unused.
+        """
+        for one in edits:
+            x, residual = self.of_sum(x, residual, before=one)[1], None
+        return x if residual is None else x + residual
 
 
 class Attention(nn.Module):
@@ -146,15 +151,22 @@ class Block(nn.Module):
         access: Access,
         edits: SiteEdits,
     ) -> tuple[Tensor, Tensor]:
-        """(the norm's output, the residual it read), which are the two `points`."""
+        """(the norm's output, the residual it read), which are the two `points`.
+
+        The last edit of the residual and the first of the output are made by the norm's own pass.
+        """
         residual, output = (Tap(layer, point) for point in points)
+        before, after = edits.at(residual), edits.at(output)
+        if len(before) > 1:
+            x, delta = norm.edited(x, before[:-1], delta), None
         normed, x = norm.of_sum(
             x,
             delta,
-            before=edits.at(residual),
-            after=edits.at(output),
+            before=before[-1] if before else None,
+            after=after[0] if after else None,
             h_out=access.into(residual),
         )
+        normed = norm.edited(normed, after[1:])
         access.read(residual, x)
         access.read(output, normed)
         return normed, x
@@ -244,38 +256,57 @@ class Transformer(nn.Module):
         n_tokens = token_ids.shape[1]
         if cache is None:
             positions = torch.arange(n_tokens, device=token_ids.device)[None]
+            attend = causal_attention(self.rope(positions))
         else:
             positions = cache.next_positions(n_tokens)
-        self._inv_freq = self._inv_freq.to(token_ids.device)
-        rope = rope_angles_reference(positions, self._inv_freq, self.dtype)
-        attend = (
-            causal_attention(rope) if cache is None else cached_attention(cache, positions, rope)
-        )
+            attend = cached_attention(cache, positions, self.rope(positions))
         at_sites = NO_EDITS if edits is None else edits.at(positions.expand_as(token_ids))
-        x: Tensor = self.embed(token_ids)
-        delta: Tensor | None = None
-        for layer, block in enumerate(self.blocks):
-            x, delta = block(x, delta, layer, attend, access, at_sites)
-        assert delta is not None
-        last = Tap(len(self.blocks), "resid_pre")
-        x = self.norm.edited(x + delta, at_sites.at(last))
-        access.read(last, x)
+        x = self.through_blocks(token_ids, attend, access, at_sites)
         if cache is not None:
             longest = min(cache.capacity, cache.longest + n_tokens)
             cache.advance(n_tokens if counts is None else counts, longest)
         return x
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of absolute positions [B, T], as attention takes them."""
+        self._inv_freq = self._inv_freq.to(positions.device)
+        return rope_angles_reference(positions, self._inv_freq, self.dtype)
+
+    def through_blocks(
+        self,
+        token_ids: Tensor,
+        attend: AttendFn,
+        access: Access = NO_ACCESS,
+        edits: SiteEdits = NO_EDITS,
+    ) -> Tensor:
+        """`forward` with whatever attention: token_ids [B, T] -> [B, T, d]; edits of B · T rows."""
+        x: Tensor = self.embed(token_ids)
+        delta: Tensor | None = None
+        for layer, block in enumerate(self.blocks):
+            x, delta = block(x, delta, layer, attend, access, edits)
+        assert delta is not None
+        last = Tap(len(self.blocks), "resid_pre")
+        x = self.norm.edited(x + delta, edits.at(last))
+        access.read(last, x)
+        return x
+
+
+def queries_keys_values(
+    attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, heads, D] each, normed and turned; differentiable."""
+    parts = qkv.split((attn.q_size, attn.kv_size, attn.kv_size), dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
+    if attn.q_norm is not None and attn.k_norm is not None:
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    return rope_reference(q, *rope), rope_reference(k, *rope), v
 
 
 def causal_attention(rope: tuple[Tensor, Tensor]) -> AttendFn:
     """Every token over those before it and itself; differentiable."""
 
     def attend(attn: Attention, layer: int, qkv: Tensor) -> Tensor:
-        parts = qkv.split((attn.q_size, attn.kv_size, attn.kv_size), dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
-        if attn.q_norm is not None and attn.k_norm is not None:
-            q, k = attn.q_norm(q), attn.k_norm(k)
-        q, k = rope_reference(q, *rope), rope_reference(k, *rope)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        q, k, v = (part.transpose(1, 2) for part in queries_keys_values(attn, qkv, rope))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return mixed.transpose(1, 2)
 

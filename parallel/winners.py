@@ -98,6 +98,19 @@ def mass_above(x: Tensor, head: VocabHead, *, scale: Tensor, than: Winners) -> T
     return all_reduce(mass, head.parallel)
 
 
+@torch.no_grad()
+def token_logits(x: Tensor, head: VocabHead, token_ids: Tensor) -> Tensor:
+    """Logits [R, n] float32 of n ids alone, the same on every rank: n products a row, not V.
+
+    x [R, d] normed rows; token_ids [n] int64 inside the vocabulary.
+    """
+    local = token_ids - head.vocab.start
+    is_mine = (local >= 0) & (local < head.vocab.size)
+    # of another rank's ids any row will do; a rank without ids still has padding
+    weight = head.weight[local.where(is_mine, 0)].float()
+    return all_reduce((x.float() @ weight.T).where(is_mine, 0), head.parallel)
+
+
 def _target(x: Tensor, head: VocabHead, target_ids: Tensor, scale: Tensor | None) -> Target:
     # one outside the vocabulary counts as none: to refuse it, the host would have to wait
     target_ids = target_ids.where(target_ids < head.vocab.full, -1)

@@ -18,6 +18,7 @@ from typing import NoReturn
 COMMANDS = {
     "lens": "what each layer would have said at each position",
     "generate": "continue a prompt",
+    "steer": "vectors from pairs of answers, applied and measured",
     "plan": "does a model fit, and how fast can it be at most",
     "bench": "measure this machine",
 }

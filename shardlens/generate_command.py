@@ -10,15 +10,18 @@ from rich.markup import escape
 from .interp.lens import LensSpec
 from .interp.output import write_json
 from .model.generation import check_prompts
-from .model.sampling import Sampling
 from .run import Result, generate
 from .session import (
     Session,
+    add_chat_argument,
     add_model_arguments,
     add_output_arguments,
+    add_sampling_arguments,
     open_session,
     prompt_ids,
     run_needs,
+    sampling_of,
+    trace_files,
 )
 
 
@@ -26,20 +29,16 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue a prompt")
     add_model_arguments(parser)
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k best; 0 is all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample in the nucleus of mass p")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
+    add_sampling_arguments(parser)
+    add_chat_argument(parser)
     add_output_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    sampling = sampling_of(arguments)
     spec = LensSpec() if arguments.out else None
-    session = open_session(arguments, run_needs(arguments, spec))
+    session = open_session(arguments, run_needs(arguments, spec), trace_files(arguments))
     prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)
     check_prompts(session.model, [prompt], arguments.max_new_tokens)
     session.console.print(f"[dim]{escape(arguments.prompt)}[/]", end="")

@@ -14,12 +14,14 @@ from .interp.show import print_trace
 from .model.points import POINTS
 from .run import Result, generate
 from .session import (
+    add_chat_argument,
     add_model_arguments,
     add_output_arguments,
     open_session,
     progress,
     prompt_ids,
     run_needs,
+    trace_files,
 )
 
 
@@ -39,7 +41,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--target", metavar="TOKEN", help="report this token's rank instead of the next token's"
     )
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
+    add_chat_argument(parser)
     add_output_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         top_k=arguments.top_k,
         positions=arguments.positions,
     )
-    session = open_session(arguments, run_needs(arguments, spec))
+    session = open_session(arguments, run_needs(arguments, spec), trace_files(arguments))
     if target is not None:
         spec = dataclasses.replace(spec, targets=session.tokenizer.single_token(target))
     prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,14 @@ from .model.config import DTYPE_BYTES, ModelConfig, torch_dtype
 from .model.load import default_device, load
 from .model.plan import DeviceType, check_fits, device_memory_bytes, plan
 from .model.points import Tap
+from .model.sampling import Sampling
 from .model.tokenizer import Tokenizer
 from .model.transformer import Transformer
 from .parallel.collectives import agreed
 from .parallel.group import TensorParallel
 
+# raises ValueError for a path whose ending cannot be written
+CheckFile = Callable[[Path], None]
 # (config, tokenizer) -> (positions of the prompt, positions in all, the lens): see `open_session`
 NeedsFn = Callable[[ModelConfig, Tokenizer], tuple[int, int, LensSpec | None]]
 
@@ -59,7 +62,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    add_json_argument(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -70,17 +73,39 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_session(arguments: argparse.Namespace, needs: NeedsFn) -> Session:
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k best; 0 is all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample in the nucleus of mass p")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    return Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+
+
+def add_chat_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
+
+
+def open_session(
+    arguments: argparse.Namespace, needs: NeedsFn, files: Sequence[tuple[Path, CheckFile]] = ()
+) -> Session:
     """Join the ranks, check the output files, load the model if what it `needs` fits.
 
-    Raises ValueError on every rank.
+    files: what is to be written beside --json. Raises ValueError on every rank.
     """
     set_implementation(arguments.kernels)
     device = _device(arguments.device)
     parallel = TensorParallel.from_env(device)
     console = Console(highlight=False, quiet=parallel.rank != 0, width=_width())
     with agreed(parallel):
-        _check_outputs(arguments, parallel)
+        _check_outputs([*files, *((path, _any_ending) for path in json_files(arguments))], parallel)
     dtype = torch_dtype(arguments.dtype) if arguments.dtype else None
     local = None if device is None or device.type == "cuda" else device
     with progress("loading", shown=parallel.rank == 0) as on_progress:
@@ -140,11 +165,23 @@ def _width() -> int | None:
     return None if Console().is_terminal else WIDTH
 
 
-def _check_outputs(arguments: argparse.Namespace, parallel: TensorParallel) -> None:
-    for path in arguments.out:
-        check_format(path)
-    if parallel.rank == 0:
-        for path in filter(None, (arguments.json, *arguments.out)):
+def trace_files(arguments: argparse.Namespace) -> list[tuple[Path, CheckFile]]:
+    """Those of --out."""
+    return [(path, check_format) for path in arguments.out]
+
+
+def json_files(arguments: argparse.Namespace) -> list[Path]:
+    return [] if arguments.json is None else [arguments.json]
+
+
+def _any_ending(path: Path) -> None:
+    pass
+
+
+def _check_outputs(files: Sequence[tuple[Path, CheckFile]], parallel: TensorParallel) -> None:
+    for path, check in files:
+        check(path)
+        if parallel.rank == 0:
             check_writable(path)
 
 

@@ -12,9 +12,10 @@ from tolerances import LENS, LOGITS_RELATIVE
 
 import shardlens
 from shardlens.model.access import Capture
+from shardlens.model.edit_table import EditTable
 from shardlens.model.load import DEMO
 from shardlens.model.points import Tap
-from shardlens.model.steering import EditTable, Steering
+from shardlens.model.steering import Steering
 from shardlens.parallel.group import TensorParallel
 
 ROOT = Path(__file__).resolve().parents[2]

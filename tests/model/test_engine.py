@@ -23,11 +23,12 @@ from shardlens.model import Transformer, load_weights
 from shardlens.model import generation as generation_module
 from shardlens.model import step as step_module
 from shardlens.model.access import Capture
+from shardlens.model.edit_table import EditTable, TableShape
 from shardlens.model.engine import Engine
 from shardlens.model.load import read_config
 from shardlens.model.points import Tap
 from shardlens.model.sampling import Sampling
-from shardlens.model.steering import EditTable, Steering
+from shardlens.model.steering import Steering
 from shardlens.model.step import DecodeStep, Reader, StepShape
 from shardlens.parallel import winners as winners_module
 from shardlens.parallel.group import TensorParallel
@@ -51,7 +52,14 @@ class Request:
 
 REQUESTS = (
     Request(tuple(IDS[:4])),
-    Request(tuple(IDS[4:25]), Sampling(0.8, seed=1), (Steering(direction(1), [1], scale=0.7),)),
+    Request(
+        tuple(IDS[4:25]),
+        Sampling(0.8, seed=1),
+        (
+            Steering(direction(1), [1], scale=0.7),
+            Steering(direction(4), "all", "resid_post", "clamp", 2.0, 23),  # meets the first
+        ),
+    ),
     # 509 ids: hotter than its logits are sharp, so that the nucleus is wider than the winners
     Request(tuple(IDS[25:26]), Sampling(40.0, top_p=0.6, seed=2)),
     Request(
@@ -326,11 +334,6 @@ def test_a_step_never_waits_for_the_host(
     deferred: bool,
     samplings: list[Sampling],
 ) -> None:
-    """A step without numbers, on meta tensors: whatever reads a value on the host raises.
-
-    That a step can be captured as a CUDA graph needs just this, and that buffers stay in place.
-    """
-    launched: list[Any] = []
     readings: list[int] = []
     head_stats = winners_module.head_stats
 
@@ -340,32 +343,73 @@ def test_a_step_never_waits_for_the_host(
 
     monkeypatch.setattr(winners_module, "head_stats", counted)
     reader = Reader((Tap(0, "mlp_out"), Tap(2, "resid_post")), TOP_K, kind, deferred)
-    steering = [[Steering(direction(1), positions=3)], []]
-    chip = Chip(90, 132)
+    edits = [[Steering(direction(1), positions=3)], []]
+    launched = launched_by_a_step(checkpoint, reader, samplings * 2, edits)
+    assert len(readings) == 1, "the head's weight is read once"
+    assert set(launched) >= {
+        "head_kernel", "_split_kernel", "_rope_qk_kernel", "_rmsnorm_steer_kernel"
+    }  # fmt: skip
+
+
+def launched_by_a_step(
+    checkpoint: Path,
+    reader: Reader,
+    samplings: list[Sampling],
+    steerings: list[list[Steering]],
+) -> list[str]:
+    """Names of the kernels of a step without numbers: it raises if a value is read on the host.
+
+    That a step can be captured as a CUDA graph needs just this, and that buffers stay in place.
+    """
+    launched: list[str] = []
     with (
         implementation("triton"),
-        pretending(chip, lambda kernel, *rest: launched.append(kernel)),
+        pretending(Chip(90, 132), lambda kernel, *rest: launched.append(kernel.__name__)),
         torch.inference_mode(),
     ):
         model = Transformer(read_config(checkpoint), device="meta", dtype=torch.bfloat16)
-        shape = StepShape.of(reader, samplings * 2, steering, 1, V)
-        step = DecodeStep(model, model.new_cache(2, 64), shape)
+        edits = TableShape.of(steerings, [5] * len(steerings), 64, model.config)
+        shape = StepShape.of(reader, samplings, edits, 1, V)
+        step = DecodeStep(model, model.new_cache(len(samplings), 64), shape)
         before = {name: id(value) for name, value in vars(step).items()}
         step.run()
         assert before == {name: id(value) for name, value in vars(step).items()}
         with pytest.raises(RuntimeError):
             step.tokens.tolist()
-    assert len(readings) == 1, "the head's weight is read once"
-    names = {kernel.__name__ for kernel in launched}
-    assert names >= {"head_kernel", "_split_kernel", "_rope_qk_kernel", "_rmsnorm_steer_kernel"}
+    return launched
 
 
-def test_shapes_that_capture_anew() -> None:
+@pytest.mark.parametrize(
+    "point, passes",  # of their own, over 3 blocks, where 1 and where 3 edits meet
+    [
+        ("resid_post", (1, 2 * 3 + 1 + 2)),  # nothing reads the last place, so none is fused there
+        ("resid_mid", (0, 2 * 3)),
+        ("mlp_norm", (0, 2 * 3)),
+        ("attn_out", (3, 3 * 3)),
+    ],
+)
+def test_edits_that_meet_take_passes_of_their_own(
+    checkpoint: Path, point: str, passes: tuple[int, int]
+) -> None:
+    """One a layer and level beyond the one that is fused; a lone edit costs what it did."""
+    reader = Reader((Tap(0, point), Tap(2, "resid_post")), TOP_K, "next")
+
+    def n_norms(n_edits: int) -> int:
+        own = [Steering(direction(seed), point=point, positions=3) for seed in range(n_edits)]
+        launched = launched_by_a_step(checkpoint, reader, [Sampling()] * 2, [own, own[:1]])
+        return launched.count("_rmsnorm_steer_kernel")
+
+    bare = n_norms(0)
+    assert (n_norms(1) - bare, n_norms(3) - bare) == passes
+
+
+def test_shapes_that_capture_anew(checkpoint: Path) -> None:
     """Vectors, scales, positions, seeds, targets and stop ids do not; points and counts do."""
+    config = read_config(checkpoint)
 
     def shape(steering: Steering | None, sampling: Sampling, stops: int = 1) -> StepShape:
         reader = Reader((Tap(0, "resid_post"),), TOP_K, "fixed")
-        edits = [[steering]] if steering else [[]]
+        edits = TableShape.of([[steering] if steering else []], [4], 32, config)
         return StepShape.of(reader, [sampling], edits, stops, V)
 
     base = shape(Steering(direction(1)), Sampling(0.7, seed=1))
@@ -382,9 +426,10 @@ def test_edits_turned_off_run_in_the_step_that_has_them(checkpoint: Path) -> Non
     engine = Engine(load(checkpoint, TensorParallel.single()), 1, 32, capture=True)
 
     def step(*points: str, top_k: int = TOP_K) -> Any:
-        edits = [Steering(direction(1), point=point) for point in points]
+        own = [Steering(direction(1), point=point) for point in points]
+        edits = TableShape.of([own], [4], engine.cache.capacity, engine.model.config)
         reader = Reader((Tap(2, "resid_post"),), top_k, "next")
-        return engine.step(StepShape.of(reader, [Sampling()], [edits], 0, V))
+        return engine.step(StepShape.of(reader, [Sampling()], edits, 0, V))
 
     plain = step()
     both = step("mlp_norm", "resid_mid")
@@ -392,6 +437,8 @@ def test_edits_turned_off_run_in_the_step_that_has_them(checkpoint: Path) -> Non
     assert step() in (plain, both)
     assert step("attn_out") is not both and step("mlp_norm", top_k=2) is not both
     assert len(engine.steps) == 4
+    meeting = step("mlp_norm", "mlp_norm")
+    assert len(engine.steps) == 5 and meeting is step("mlp_norm", "mlp_norm")
 
 
 def test_refilled_buffers_forget_what_was(checkpoint: Path, plain: list[Plain]) -> None:

@@ -56,7 +56,8 @@ def assert_same(ours: list[shardlens.Result], others: list[shardlens.Result]) ->
 def test_captured_equals_eager(model: Transformer, mode: str, targets: Any) -> None:
     spec = shardlens.LensSpec(points=("mlp_out", "resid_post"), mode=mode, targets=targets)
     steering = [Steering(torch.ones(48), [1], "mlp_norm", scale=0.5, positions="generated")]
-    for edits in ((), steering):
+    meeting = [*steering, Steering(torch.ones(48), "all", "mlp_norm", "clamp", 2.0, 6)]
+    for edits in ((), steering, meeting):
         captured = run(model, lens=spec, steering=edits)
         assert isinstance(model.engine, Engine)
         steps = list(model.engine.steps.values())

@@ -1,51 +1,32 @@
-"""Edits against transformers moved by hooks, one text at a time, in float64."""
+"""Edits against transformers moved by hooks: one, several that meet, and those refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles import hf_model, save
+from steered import (
+    IDS,
+    POSITIONS,
+    SCALE,
+    PlaceVectors,
+    by_place,
+    direction,
+    forced,
+    load,
+    miss,
+    oracle,
+)
 from tolerances import EFFECT, PASSES
-from torch import Tensor
 
 import shardlens
 from shardlens.kernels.edits import MODES
-from shardlens.model import Transformer, load_weights
-from shardlens.model.load import read_config
-from shardlens.model.points import POINTS
+from shardlens.model.points import POINTS, Tap
 from shardlens.model.steering import Steering
 from shardlens.parallel.group import TensorParallel
-
-IDS = torch.randint(3, 509, (19,), generator=torch.Generator().manual_seed(7)).tolist()
-N_PROMPT = 11
-POSITIONS: dict[Any, list[int]] = {
-    "all": list(range(19)),
-    "prompt": list(range(11)),
-    "generated": list(range(11, 19)),
-    "last_prompt": [10],
-    5: list(range(5, 19)),
-    (0, 3, 12): [0, 3, 12],
-}
-SCALE = {"add": 0.8, "ablate": 1.0, "clamp": 3.0, "add_keep_norm": 2.0}
-
-
-def edited(x: Tensor, v: Tensor, mode: str, s: float) -> Tensor:
-    """The definitions of kernels/edits.py, written out."""
-    u = v / v.norm()
-    along = (x @ u)[..., None]
-    if mode == "add":
-        return x + s * v
-    if mode == "ablate":
-        return x - s * along * u
-    if mode == "clamp":
-        return x + (s - along) * u
-    moved = x + s * v
-    return moved * x.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
 
 
 @pytest.fixture(scope="module", params=["llama-mha", "qwen3"])
@@ -55,85 +36,6 @@ def case(
     torch.manual_seed(0)
     model = hf_model(request.param, num_attention_heads=4, num_key_value_heads=4)
     return model.double(), save(model.float(), tmp_path_factory.mktemp(request.param))
-
-
-def load(directory: Path, parallel: TensorParallel) -> Transformer:
-    model = Transformer(read_config(directory), parallel=parallel)
-    load_weights(model, directory)
-    return model.eval().requires_grad_(False)
-
-
-def hook_for(layer: Any, point: str, change: Callable[[Tensor], Tensor]) -> Callable[[], list[Any]]:
-    """Registers hooks on one decoder layer of transformers that change the state at `point`."""
-    moved: dict[str, Tensor] = {}
-
-    def on_input(module: Any, args: Any, kwargs: Any) -> Any:
-        return ((change(args[0]), *args[1:]), kwargs)
-
-    def on_output(module: Any, args: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    def mid_in(module: Any, args: Any) -> Any:  # the norm reads it, the residual must follow
-        moved["by"] = change(args[0]) - args[0]
-        return (args[0] + moved["by"],)
-
-    def mid_out(module: Any, args: Any, output: Any) -> Any:
-        return output + moved["by"]
-
-    return {
-        "resid_pre": lambda: [layer.register_forward_pre_hook(on_input, with_kwargs=True)],
-        "attn_norm": lambda: [layer.input_layernorm.register_forward_hook(on_output)],
-        "attn_out": lambda: [layer.self_attn.register_forward_hook(on_output)],
-        "resid_mid": lambda: [
-            layer.post_attention_layernorm.register_forward_pre_hook(mid_in),
-            layer.register_forward_hook(mid_out),
-        ],
-        "mlp_norm": lambda: [layer.post_attention_layernorm.register_forward_hook(on_output)],
-        "mlp_out": lambda: [layer.mlp.register_forward_hook(on_output)],
-        "resid_post": lambda: [layer.register_forward_hook(on_output)],
-    }[point]
-
-
-@torch.no_grad()
-def oracle(hf: Any, steering: Steering | None, positions: list[int]) -> Tensor:
-    """Log-probs [T, V] of the whole text in float64."""
-    hf.double()
-    handles: list[Any] = []
-    if steering is not None:
-        inside = torch.zeros(len(IDS), dtype=torch.bool)
-        inside[positions] = True
-        v = steering.vector.double()
-
-        def change(x: Tensor) -> Tensor:
-            new = edited(x, v, steering.mode, steering.scale)
-            return torch.where(inside[: x.shape[1], None], new, x)
-
-        assert not isinstance(steering.layers, str)
-        for number in steering.layers:
-            handles += hook_for(hf.model.layers[number], steering.point, change)()
-    try:
-        return hf(torch.tensor([IDS]), use_cache=False).logits[0].log_softmax(-1)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def forced(model: Transformer, steering: list[Steering]) -> Tensor:
-    """Log-probs [T, V] of the text: N_PROMPT tokens in chunks, the rest decoded with a cache."""
-    from shardlens.model.steering import EditTable
-
-    cache = model.new_cache(1, len(IDS))
-    edits = None
-    if steering:
-        edits = EditTable.of(
-            [steering], [N_PROMPT], len(IDS), model.config, model.dtype, model.device
-        )
-    ids = torch.tensor([IDS])
-    parts = [ids[:, :4], ids[:, 4:N_PROMPT], *ids[:, N_PROMPT:].split(1, dim=1)]
-    with torch.no_grad():
-        hidden = torch.cat([model(part, cache=cache, edits=edits) for part in parts], 1)
-        logits = model.norm(hidden)[0] @ model.head.weight.T
-    return logits.double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("rule", list(POSITIONS), ids=str)
@@ -146,12 +48,12 @@ def test_every_point_mode_and_rule(
     vector = torch.randn(48, generator=torch.Generator().manual_seed(1))
     steering = Steering(vector, (0, 2), point, mode, SCALE[mode], rule)
     model = load(directory, TensorParallel.single())
-    expected = oracle(hf, steering, POSITIONS[rule])
+    expected = oracle(hf, [steering])
     first = POSITIONS[rule][0]
-    assert (forced(model, [steering]) - expected).abs().max() <= PASSES
-    bare = oracle(hf, None, [])
-    assert (bare[:first] - expected[:first]).abs().max() <= PASSES if first else True
-    assert (bare[first:] - expected[first:]).abs().max() > EFFECT * PASSES
+    assert miss(forced(model, [steering]), expected) <= PASSES
+    bare = oracle(hf, [])
+    assert miss(bare[:first], expected[:first]) <= PASSES if first else True
+    assert miss(bare[first:], expected[first:]) > EFFECT * PASSES
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -161,7 +63,7 @@ def test_on_ranks(case: tuple[Any, Path], point: str, ranks: int, run_ranks: Any
     hf, directory = case
     vector = torch.randn(48, generator=torch.Generator().manual_seed(1))
     steering = Steering(vector, (1,), point, "add", 0.8, 5)
-    expected = oracle(hf, steering, POSITIONS[5])
+    expected = oracle(hf, [steering])
 
     def body(parallel: TensorParallel) -> None:
         results = shardlens.generate(
@@ -176,7 +78,7 @@ def test_on_ranks(case: tuple[Any, Path], point: str, ranks: int, run_ranks: Any
         told = expected.gather(-1, trace.token_ids[:, 0])
         assert (trace.logprobs[:, 0] - told).abs().max() <= PASSES
         unmoved = results[0].trace  # type: ignore[index]
-        bare = oracle(hf, None, []) if parallel.rank == 0 else None
+        bare = oracle(hf, []) if parallel.rank == 0 else None
         if bare is not None:
             told = bare[:7].gather(-1, unmoved.token_ids[:, 0])
             assert (unmoved.logprobs[:, 0] - told).abs().max() <= PASSES
@@ -184,41 +86,193 @@ def test_on_ranks(case: tuple[Any, Path], point: str, ranks: int, run_ranks: Any
     run_ranks(ranks, body)
 
 
+def edit(
+    seed: int, mode: str, positions: Any, point: str, layers: tuple[int, ...] = (0, 2)
+) -> Steering:
+    return Steering(direction(seed), layers, point, mode, SCALE[mode], positions)
+
+
+def assert_composed(
+    case: tuple[Any, Path], edits: list[Steering], *, commute: bool = False
+) -> None:
+    """As one after another; without any one of them, or in reversed order, it is far off."""
+    hf, directory = case
+    expected = oracle(hf, edits)
+    assert miss(forced(load(directory, TensorParallel.single()), edits), expected) <= PASSES
+    assert miss(oracle(hf, []), expected) > EFFECT * PASSES
+    for left_out in range(len(edits)):
+        rest = edits[:left_out] + edits[left_out + 1 :]
+        assert miss(oracle(hf, rest), expected) > EFFECT * PASSES
+    backwards = miss(oracle(hf, edits[::-1]), expected)
+    assert backwards < 1e-9 if commute else backwards > EFFECT * PASSES
+
+
+@pytest.mark.parametrize("second", MODES)
+@pytest.mark.parametrize("first", MODES)
+def test_every_pair_of_modes(case: tuple[Any, Path], first: str, second: str) -> None:
+    """Edits that share positions 5 to 10 of the prompt's 0 to 10 and of all from 5 on."""
+    edits = [edit(1, first, "prompt", "resid_mid"), edit(2, second, 5, "resid_mid")]
+    assert_composed(case, edits, commute=first == second == "add")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_pair_at_every_point(case: tuple[Any, Path], point: str, flip: bool) -> None:
+    """Decoded positions 12 to 18 are edited by one of them, or by both at 12 alone."""
+    edits = [edit(1, "clamp", (0, 3, 12), point), edit(2, "add_keep_norm", 5, point, (2,))]
+    assert_composed(case, edits[::-1] if flip else edits)
+
+
+@pytest.mark.parametrize("point", ["resid_post", "mlp_norm", "mlp_out"])
+def test_three_deep(case: tuple[Any, Path], point: str) -> None:
+    """And a fourth that meets only some, on fewer layers."""
+    assert_composed(
+        case,
+        [
+            edit(1, "add", "all", point),
+            edit(2, "clamp", 5, point),
+            edit(3, "ablate", "last_prompt", point, (2,)),
+            edit(4, "add_keep_norm", "generated", point, (0, 1)),
+        ],
+    )
+
+
+def test_pairs_at_all_points_at_once(case: tuple[Any, Path]) -> None:
+    edits = [
+        edit(2 * number + nth, mode, rule, point, (1,))
+        for number, point in enumerate(POINTS)
+        for nth, (mode, rule) in enumerate([("ablate", 5), ("add", "all")])
+    ]
+    hf, directory = case
+    expected = oracle(hf, edits)
+    assert miss(forced(load(directory, TensorParallel.single()), edits), expected) <= PASSES
+    assert miss(oracle(hf, edits[::-1]), expected) > EFFECT * PASSES
+    assert miss(oracle(hf, []), expected) > EFFECT * PASSES
+
+
 def test_one_place_has_two_names(case: tuple[Any, Path]) -> None:
     model = load(case[1], TensorParallel.single())
-    make = partial(Steering, torch.randn(48), mode="add")
-    post, pre = make(layers=[0], point="resid_post"), make(layers=[1], point="resid_pre")
+    v = direction(1)
+    post, pre = Steering(v, [0], "resid_post"), Steering(v, [1], "resid_pre")
     assert torch.equal(forced(model, [post]), forced(model, [pre]))
     assert not torch.equal(forced(model, [post]), forced(model, []))
 
 
-def test_several_edits_of_one_request(case: tuple[Any, Path]) -> None:
-    """Apart in place or position they act together; where two meet, that is an error."""
+@pytest.mark.parametrize("flip", [False, True])
+def test_edits_meet_under_either_name(case: tuple[Any, Path], flip: bool) -> None:
+    """In the order of the list, though the one point comes after the other."""
+    edits = [edit(1, "clamp", 5, "resid_post", (0,)), edit(2, "add", "all", "resid_pre", (1,))]
+    assert_composed(case, edits[::-1] if flip else edits)
+
+
+def test_edits_of_one_request_apart(case: tuple[Any, Path]) -> None:
     model = load(case[1], TensorParallel.single())
-    v = torch.randn(48)
+    v = direction(1)
     whole = Steering(v, [1], "mlp_norm")
     halves = [Steering(v, [1], "mlp_norm", positions=rule) for rule in ("prompt", "generated")]
     assert torch.equal(forced(model, [whole]), forced(model, halves))
-    with pytest.raises(ValueError, match="layer 1, mlp_norm, position 5"):
-        forced(model, [halves[0], Steering(v, "all", "mlp_norm", positions=5)])
+
+
+def test_points_of_vectors() -> None:
+    """The only one that they have; of a lone tensor, resid_post."""
+    assert Steering(by_place((1, "mlp_norm"), (0, "mlp_norm"))).taps(3) == [
+        Tap(0, "mlp_norm"), Tap(1, "mlp_norm")
+    ]  # fmt: skip
+    assert Steering(direction(1), [1]).taps(3) == [Tap(1, "resid_post")]
+    assert Steering(direction(1), [1]).point == "resid_post"
+
+
+HOLEY = torch.full((48,), float("nan"))
+RULES = "all, prompt, generated, last_prompt, label, a first position, or a list of positions"
+TWO = by_place((0, "mlp_out"), (2, "mlp_out"))
 
 
 @pytest.mark.parametrize(
-    "options, names",
+    "options, message",
     [
-        (dict(vector=torch.zeros(2, 48)), "dim"),
-        (dict(vector=torch.full((48,), float("nan"))), "finite"),
-        (dict(scale=float("inf")), "finite"),
-        (dict(scale=float("nan")), "not a number"),
-        (dict(point="resid"), "resid"),
-        (dict(mode="subtract"), "subtract"),
-        (dict(positions="label"), "label"),
-        (dict(vector=torch.zeros(47)), "47"),
-        (dict(layers=[3]), "layer 3"),
+        (dict(vector=[1.0]), "a steering vector is a tensor, not a list"),
+        (dict(vector=torch.ones(2, 48)), "a steering vector has one dim, not [2, 48]"),
+        (dict(vector=HOLEY), "the steering vector is not finite"),
+        (dict(vector=torch.zeros(48)), "the steering vector is all zeros"),
+        (dict(scale=float("inf")), "the steering scale is not finite"),
+        (dict(scale=float("nan")), "the steering scale is not a number"),
+        (dict(point="resid"), f"point resid does not exist: there are {', '.join(POINTS)}"),
+        (dict(mode="subtract"), f"steering mode subtract: there are {', '.join(MODES)}"),
+        (dict(positions="labels"), f"steering positions 'labels': there are {RULES}"),
+        (dict(positions=True), f"steering positions of type bool: there are {RULES}"),
+        (dict(positions=[2, False]), f"steering positions of type bool: there are {RULES}"),
+        (dict(positions=1.5), f"steering positions of type float: there are {RULES}"),
+        (dict(positions=None), f"steering positions of type NoneType: there are {RULES}"),
+        (dict(positions={1}), f"steering positions of type set: there are {RULES}"),
+        (dict(positions=["2"]), f"steering positions of type str: there are {RULES}"),
+        (dict(positions=[]), "steering positions are an empty list: name at least one"),
+        (
+            dict(positions=-1),
+            "steering position -1 is below 0: positions count from the text's start",
+        ),
+        (
+            dict(positions=[4, -2]),
+            "steering position -2 is below 0: positions count from the text's start",
+        ),
+        (dict(unit="norm"), "steering unit norm: there are vector, resid_norm"),
+        (
+            dict(unit="resid_norm"),
+            "unit resid_norm needs vectors that know how long the states at their place are: "
+            "a plain tensor does not",
+        ),
+        (
+            dict(vector=TWO, unit="resid_norm", mode="ablate"),
+            "unit resid_norm means nothing to mode ablate, whose scale is the share that goes",
+        ),
+        (
+            dict(vector=by_place((1, "mlp_out"), norm=None), unit="resid_norm"),
+            "no norm is known of layer 1, mlp_out",
+        ),
+        (dict(vector=by_place()), "the steering vectors hold no vector"),
+        (dict(vector=by_place(), point="mlp_out"), "the steering vectors hold no vector"),
+        (
+            dict(vector=by_place((0, "mlp_out"), (1, "attn_out"))),
+            "the steering vectors have points attn_out, mlp_out: name one of them",
+        ),
+        (
+            dict(vector=TWO, point="mlp_norm"),
+            "the steering vectors have none at mlp_norm: they have mlp_out",
+        ),
+        (
+            dict(vector=TWO, layers="0-1"),
+            "the steering vectors have none at layer 1, mlp_out: they have layers 0, 2",
+        ),
+        (
+            dict(vector=TWO, layers=[3]),
+            "layer 3 does not exist: the model has layers 0 to 2",
+        ),
+        (
+            dict(vector=PlaceVectors({Tap(1, "mlp_out"): (torch.ones(47), 1.0)})),
+            "the steering vector of layer 1, mlp_out is [47], not [48]",
+        ),
+        (
+            dict(vector=PlaceVectors({Tap(1, "mlp_out"): (torch.zeros(48), 1.0)})),
+            "the steering vector of layer 1, mlp_out is all zeros",
+        ),
+        (
+            dict(vector=PlaceVectors({Tap(1, "mlp_out"): (HOLEY, 1.0)})),
+            "the steering vector of layer 1, mlp_out is not finite",
+        ),
+        (
+            dict(vector=PlaceVectors({Tap(1, "mlp_out"): (torch.ones(47), 1.0)}, d=47)),
+            "the steering vectors have 47 numbers, the model 48",
+        ),
+        (
+            dict(vector=PlaceVectors({Tap(1, "mlp_out"): (torch.ones(48), 1.0)}, n_layers=4)),
+            "the steering vectors are for a model of 4 layers, this one has 3",
+        ),
+        (dict(vector=torch.ones(47)), "the steering vector has 47 numbers, the model 48"),
+        (dict(layers=[3]), "layer 3 does not exist: the model has layers 0 to 2"),
     ],
 )
-def test_refused(case: tuple[Any, Path], options: dict[str, Any], names: str) -> None:
+def test_refused(case: tuple[Any, Path], options: dict[str, Any], message: str) -> None:
     model = load(case[1], TensorParallel.single())
-    with pytest.raises(ValueError, match=names):
-        steering = Steering(**{"vector": torch.zeros(48), **options})
+    with pytest.raises(ValueError) as raised:
+        steering = Steering(**{"vector": torch.ones(48), **options})
         shardlens.generate(model, IDS, steering=[steering])
+    assert str(raised.value) == message
