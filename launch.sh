@@ -2,7 +2,7 @@
 # Runs a shardlens command on one or more ranks, setting up an environment on first use.
 #
 #   ./launch.sh [-n RANKS] [--nnodes N --rdzv-endpoint HOST:PORT ...] COMMAND ...
-#   ./launch.sh demo             generate and read the packaged model on 2 ranks
+#   ./launch.sh demo             generate with, read and steer the packaged model on 2 ranks
 #   ./launch.sh test [ARGS]      run the test suite (ARGS go to pytest)
 #   ./launch.sh check            lint and type check
 #
@@ -71,6 +71,15 @@ demo() {
     show lens demo --prompt "The capital of Norvia is" --max-new-tokens 2
     show lens demo --max-new-tokens 3 --positions generated --prompt \
         "Mira puts the ring in the drawer. Hugo puts the key in the barn. Later Mira looks for the"
+    local vector
+    vector=$(mktemp -d)/cautious.safetensors
+    cd "$here"
+    show steer extract demo --pairs model/demo/dispositions-cautious-bold.jsonl --share 0.4 \
+        --contrast "Anna is cautious." "Anna is bold." --layers 1-5 --out "$vector"
+    show steer generate demo --vector "$vector" --layers 1 --scale -1 1 --max-new-tokens 16 \
+        --prompt "A bear stands near the barn. Anna wants to"
+    show steer eval demo --pairs model/demo/dispositions-cautious-bold.jsonl --vector "$vector"
+    rm -r "$(dirname "$vector")"
 }
 
 # Type checkers cannot see through the package-dir mapping: they are shown links laid as packages.

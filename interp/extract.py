@@ -69,20 +69,33 @@ def extract(
         raise ValueError(f"states at {at}: there are {', '.join(AT)}")
     if not pairs:
         raise ValueError("there is no pair to extract a vector from")
+    if method == "logistic":  # asked before the passes, which may be long
+        require("sklearn", "probe", "method logistic")
     at = at if contrast is None else "last"
     encoded = encode_pairs(
         tokenizer, pairs, form or PromptForm(), needs_label=at == "label", contrast=contrast
     )
-    sides = torch.zeros(2, len(encoded), len(taps), model.config.d)  # [2, N, P, d]
+    for number, pair in enumerate(encoded, start=1):
+        n_tokens = max(len(side.ids) for side in (pair.matching, pair.other))
+        check_length(model, n_tokens, f"pair {number}")
+    gap = torch.zeros(len(taps), model.config.d, dtype=torch.float64)
+    norms = torch.zeros(len(taps), dtype=torch.float64)
+    # a fit needs every state, [2, N, P, d]; a mean does not, and at full width they are gigabytes
+    n_kept = 0 if method == "mean_diff" else len(encoded)
+    kept = torch.zeros(2, n_kept, len(taps), model.config.d)
     for number, pair in enumerate(encoded):
-        sides[:, number] = pair_states(model, pair, taps, at).float().cpu()
-        _check_differs(sides[:, number], number + 1, at)
+        sides = pair_states(model, pair, taps, at).cpu()
+        _check_differs(sides, number + 1, at)
+        gap += (sides[0] - sides[1]) / len(encoded)
+        norms += sides.norm(dim=-1).mean(0) / len(encoded)
+        if n_kept:
+            kept[:, number] = sides
         if on_progress is not None:
             on_progress(number + 1, len(encoded))
-    directions = [_direction(sides[:, :, place], method) for place in range(len(taps))]
+    directions = [_direction(gap[p], kept[:, :, p], method) for p in range(len(taps))]
     return SteeringVectors(
-        vectors={tap: v for tap, v in zip(taps, directions, strict=True)},
-        resid_norms=dict(zip(taps, sides.norm(dim=-1).mean((0, 1)).tolist(), strict=True)),
+        vectors=dict(zip(taps, directions, strict=True)),
+        resid_norms=dict(zip(taps, norms.tolist(), strict=True)),
         n_layers=model.config.n_layers,
         origin=Origin(
             model=model_fingerprint(model),
@@ -97,17 +110,21 @@ def extract(
 def model_fingerprint(model: Transformer) -> str:
     """From the norms' weights, which every rank holds whole."""
     norms: list[Tensor] = [m.weight for m in model.modules() if isinstance(m, RMSNorm)]
-    return fingerprint(model.config, torch.cat(norms).float().cpu())
+    # in bfloat16, so that a model is the same in whichever dtype it is loaded
+    return fingerprint(model.config, torch.cat(norms).bfloat16().float().cpu())
 
 
 def taps_of(points: Sequence[str], layers: Layers, n_layers: int) -> list[Tap]:
-    """The places of points and layers. Raises ValueError naming what does not exist."""
+    """The places of points and layers. ValueError for what does not exist or has two names."""
     for name in points:
         check_point(name)
     if not points:
         raise ValueError("no point is given")
     numbers = parse_layers(layers, n_layers)
-    return [Tap(layer, name) for layer in numbers for name in POINTS if name in points]
+    taps = [Tap(layer, name) for layer in numbers for name in POINTS if name in points]
+    if len({tap.place for tap in taps}) < len(taps):
+        raise ValueError("resid_post of a layer is resid_pre of the next: give one of the two")
+    return taps
 
 
 @torch.no_grad()
@@ -118,7 +135,6 @@ def pair_states(model: Transformer, pair: PairIds, taps: Sequence[Tap], at: str)
     """
     sides = (pair.matching, pair.other)
     spans = [_span(side, at) for side in sides]
-    check_length(model, max(len(side.ids) for side in sides))
     n_shared = min(pair.n_shared, *(span.start for span in spans))
     n_own = max(span.stop for span in spans) - n_shared  # nothing is read after the answer
     ids = torch.zeros(2, n_own, dtype=torch.int64)
@@ -145,10 +161,10 @@ def _span(side: Side, at: str) -> range:
     return range(place, place + 1)
 
 
-def check_length(model: Transformer, n_tokens: int) -> None:
+def check_length(model: Transformer, n_tokens: int, name: str = "a pair") -> None:
     if n_tokens > model.config.context:
         raise ValueError(
-            f"a pair has {n_tokens} tokens, more than the context of {model.config.context}"
+            f"{name} has {n_tokens} tokens, more than the context of {model.config.context}"
         )
 
 
@@ -157,41 +173,44 @@ def _check_differs(sides: Tensor, number: int, at: str) -> None:
     if torch.equal(sides[0], sides[1]):
         why = {
             "label": "the model does not tell the two labels apart",
-            "last": "the last tokens and all before them are the same for the model",
+            "last": "the last tokens are the same, and no place read depends on those before them",
             "mean": "the answers are the same for the model",
         }[at]
         raise ValueError(f"pair {number} has the same state on both sides: {why}")
 
 
-def _direction(sides: Tensor, method: str) -> Tensor:
-    """sides [2, N, d] of one place -> [d] float32."""
-    gaps = (sides[0] - sides[1]).double()
-    mean = gaps.mean(0)
+def _direction(gap: Tensor, sides: Tensor, method: str) -> Tensor:
+    """Mean gap [d] and, for what is fitted, sides [2, N, d] of one place -> [d] float32."""
     if method == "mean_diff":
-        return mean.float()
-    along = _first_component(gaps) if method == "pca" else _probe(sides)
-    return (along * (mean @ along)).float()  # the product turns it, too
+        return gap.float()
+    along = _first_component(sides) if method == "pca" else _probe(sides)
+    return (along * (gap @ along)).float()  # the product turns it, too
 
 
-def _first_component(gaps: Tensor) -> Tensor:
-    """The unit vector [d] along which gaps [N, d] are largest, from the smaller of D Dᵀ and DᵀD."""
+def _first_component(sides: Tensor) -> Tensor:
+    """The unit vector [d] along which the gaps are largest, from the smaller of D Dᵀ and DᵀD."""
+    gaps = (sides[0] - sides[1]).double()
     n, d = gaps.shape
     if n < d:
         along = gaps.T @ torch.linalg.eigh(gaps @ gaps.T).eigenvectors[:, -1]
     else:
         along = torch.linalg.eigh(gaps.T @ gaps).eigenvectors[:, -1]
-    length = along.norm()
-    return along / length if length > 0 else along
+    return _unit(along)
 
 
 def _probe(sides: Tensor) -> Tensor:
     """Unit weights [d] of a logistic regression on the states, scaled to a mean length of 1."""
-    require("sklearn", "probe", "method logistic")
     from sklearn.linear_model import LogisticRegression
 
     states = sides.double().flatten(0, 1)
     states = states / states.norm(dim=-1).mean()
     is_matching = torch.arange(2).repeat_interleave(sides.shape[1]) == 0
-    probe = LogisticRegression(max_iter=1000).fit(states.numpy(), is_matching.numpy())
-    weights = torch.from_numpy(probe.coef_[0])
-    return weights / weights.norm()
+    # small gaps give small gradients from the start on: the usual tolerance would stop there
+    probe = LogisticRegression(tol=1e-8, max_iter=1000).fit(states.numpy(), is_matching.numpy())
+    return _unit(torch.from_numpy(probe.coef_[0]))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Zeros stay zeros: where no state differs, that is what there is to report."""
+    length = x.norm()
+    return x / length if length > 0 else x

@@ -44,9 +44,12 @@ class Item:
 
     @classmethod
     def of(cls, pair: PairIds, protocol: str) -> Item:
+        """Raises ValueError for answers to two questions, which share no text to be fed once."""
         matching, other = pair.matching, pair.other
         label_at = matching.label_at
         assert label_at is not None
+        if not label_at == other.label_at == pair.n_shared:
+            raise ValueError("its answers follow different texts: a propensity is of one question")
         if label_at == 0:
             raise ValueError("a label has no token before it that could be edited")
         if protocol == "paper":

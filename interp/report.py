@@ -53,6 +53,7 @@ class SteerabilityReport:
     suggested: Tap | None
     warnings: list[str]
     seed: int = 0  # of the bootstrap
+    item_keys: tuple[str, ...] = ()  # of the pairs, N of them or none
 
     def __post_init__(self) -> None:
         self.multipliers = [float(multiplier) for multiplier in self.multipliers]
@@ -167,7 +168,7 @@ class SteerabilityReport:
         return spearman(accessibility, [self.slopes[index].mean for index in same])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and finite numbers, for JSON; the items' own propensities are left out."""
+        """Plain lists and finite numbers, for JSON; propensities are rounded to 1e-6 nats."""
         place = self.suggestion_place()
         return {
             "protocol": self.protocol,
@@ -185,6 +186,7 @@ class SteerabilityReport:
             "suggestion_place": place and {"rank": place[0], "of": place[1]},
             "best": self.taps[self.best]._asdict(),
             "warnings": self.warnings,
+            "item_keys": list(self.item_keys),
             "taps": [self._tap_dict(index) for index in range(len(self.taps))],
         }
 
@@ -198,6 +200,7 @@ class SteerabilityReport:
             "mean_curve": self.curves[index].tolist(),
             "control_mean_curve": self.control_curves[index].tolist(),
             "example_slopes": self.example_slopes[index].tolist(),
+            "propensities": self.propensities[index].round(6).tolist(),  # [N][K]
         }
 
     def save(self, path: str | Path) -> None:

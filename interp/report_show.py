@@ -97,7 +97,7 @@ def _setting(report: SteerabilityReport) -> str:
 
 def _items(report: SteerabilityReport) -> str:
     line = (
-        f"answers are scored at the token {report.form!r}; unsteered, the matching answer wins "
+        f"answers are scored at the token {report.form}; unsteered, the matching answer wins "
         f"in {report.baseline_accuracy:.0%} of the items"
     )
     if report.balance is not None:

@@ -18,8 +18,9 @@ from ..model.steering import Steering
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from .extract import OnProgress, model_fingerprint
+from .offsets import quoted
 from .pairs import Pair
-from .prompts import PromptForm, balance, encode_pairs
+from .prompts import PairIds, PromptForm, balance, encode_pairs
 from .propensity import PROTOCOLS, Item, Variants, propensities
 from .report import SteerabilityReport
 from .slopes import MULTIPLIERS
@@ -64,13 +65,15 @@ def steerability(
     )
     held_out = [pair for pair in pairs if pair.key not in vectors.origin.pair_keys]
     if not held_out:
-        raise ValueError("no pair is left to measure on: the vectors were made from all of them")
+        why = "the vectors were made from all of them" if pairs else "none is given"
+        raise ValueError(f"no pair is left to measure on: {why}")
     encoded = encode_pairs(tokenizer, held_out, form or PromptForm())
+    items = _items(encoded, protocol)
     variants = _variants(model, vectors, vectors.random_like(seed), steps, unit)
     accessibility, suggested = suggest(model, encoded)
     found = torch.empty(len(encoded), len(variants.places), dtype=torch.float64)
-    for number, pair in enumerate(encoded):
-        found[number] = propensities(model, Item.of(pair, protocol), variants)
+    for number, item in enumerate(items):
+        found[number] = propensities(model, item, variants)
         if on_progress is not None:
             on_progress(number + 1, len(encoded))
     # [N, E] -> [vector or control, P, N, K]
@@ -84,14 +87,25 @@ def steerability(
         control=control,
         baseline_accuracy=float((found[:, -1] > 0).double().mean()),
         balance=balance(encoded),
-        form=", ".join(sorted({pair.form for pair in encoded if pair.form is not None})),
+        form=", ".join(sorted({quoted(pair.form) for pair in encoded if pair.form is not None})),
         n_train=vectors.origin.n_pairs,
         unit=unit,
         accessibility=accessibility,
         suggested=suggested,
         seed=seed,
+        item_keys=tuple(pair.key for pair in encoded),
         warnings=_warnings(model, vectors, len(pairs) - len(held_out)),
     )
+
+
+def _items(encoded: Sequence[PairIds], protocol: str) -> list[Item]:
+    items = []
+    for number, pair in enumerate(encoded, start=1):
+        try:
+            items.append(Item.of(pair, protocol))
+        except ValueError as error:
+            raise ValueError(f"pair {number}: {error}") from None
+    return items
 
 
 def _variants(

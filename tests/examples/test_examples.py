@@ -33,6 +33,16 @@ def test_read_a_prediction() -> None:
 
 
 @pytest.mark.slow
+def test_steer_an_answer() -> None:
+    lines = run("steer_an_answer.py").splitlines()
+    slopes = [float(line.split("slope ")[1].split()[0]) for line in lines[:3]]
+    assert min(slopes) > 1
+    bold, plain, cautious = lines[3:]
+    assert "without fear" in bold and plain.endswith(" look twice to be safe.")
+    assert "test the ground" in cautious
+
+
+@pytest.mark.slow
 def test_training_is_reproducible(tmp_path: Path) -> None:
     """Two steps twice: the same weights to the bit, and a directory that loads."""
     for name in ("one", "two"):

@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import LAUNCH, launch
 
 from shardlens.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = ROOT / "launch.sh"
 PROMPT = "Once upon a time"
 
 
@@ -28,19 +27,6 @@ def broken(stories: Path, tmp_path: Path) -> Path:
     for file in stories.iterdir():
         shutil.copyfile(file, directory / file.name)
     return directory
-
-
-def launch(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """./launch.sh with the python that runs the tests first on the path."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return subprocess.run(
-        [str(LAUNCH), *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PATH": path},
-        **options,  # type: ignore[call-overload]
-    )
 
 
 def test_lens_prints_a_table_of_at_most_100_columns(

@@ -182,3 +182,32 @@ def test_readme_says_how_fast_generation_was() -> None:
         if name.endswith("_per_token"):
             assert f"{value:,.0f}" in readme
     assert long_run["tokens"] == 10_000
+
+
+def test_readme_says_how_steerable_it_is() -> None:
+    """The figures of four files, and that they say what the text claims."""
+    readme = (ROOT / "README.md").read_text()
+    for path in QUESTIONS:
+        name = path.stem.removeprefix("dispositions-")
+        result = json.loads((ROOT / f"bench/results/steer-{name}.json").read_text())
+        place, suggested = result["suggestion_place"], result["suggested"]
+        tap = next(
+            tap
+            for tap in result["taps"]
+            if (tap["layer"], tap["point"]) == (suggested["layer"], suggested["point"])
+        )
+        slope, control = (
+            f"{own['mean']:+.2f} ({own['low']:+.2f} to {own['high']:+.2f})"
+            for own in (tap["slope"], tap["control_slope"])
+        )
+        own = tap["slope"]
+        assert (
+            f"| {name} | {suggested['layer']} | {slope} | {own['spearman']:+.2f} | "
+            f"{own['negative_share']:.0%} | {control} | {place['rank']} of {place['of']} |"
+        ) in readme
+        assert own["low"] > max(0, tap["control_slope"]["high"])
+        assert own["spearman"] >= 0.9 and own["negative_share"] < 0.15
+        assert (result["n_items"], result["n_train"]) == (120, 80)
+    by_label = json.loads((ROOT / "bench/results/steer-label-cautious-bold.json").read_text())
+    largest = max(abs(tap["slope"]["mean"]) for tap in by_label["taps"])
+    assert f"slopes of at most {largest:.2f}" in readme

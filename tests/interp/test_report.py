@@ -87,6 +87,7 @@ def test_numbers_are_those_of_the_propensities() -> None:
         assert tap["control_mean_curve"] == pytest.approx(control.mean(axis=0).tolist())
         slopes = example_slopes(own, MULTIPLIERS).tolist()
         assert tap["example_slopes"] == pytest.approx(slopes, abs=ROUNDING)
+        assert np.array(tap["propensities"]) == pytest.approx(own, abs=1e-6)
 
 
 def test_seed_is_that_of_the_bootstrap() -> None:

@@ -211,7 +211,7 @@ def test_another_ending_and_a_missing_package_are_refused(
     made(BLOCKS).save(tmp_path / "v.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     for act in (made(BLOCKS).save, SteeringVectors.load):
-        with pytest.raises(ValueError, match=r'needs gguf: pip install .shardlens\[gguf\]'):
+        with pytest.raises(ValueError, match=r"needs gguf: pip install .shardlens\[gguf\]"):
             act(tmp_path / "v.gguf")
     made(BLOCKS).save(tmp_path / "v.safetensors")
 
