@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..model.points import Layers
 from ..model.steering import Steering
@@ -59,23 +60,12 @@ def steerability(
     if len(set(steps)) < 2 or not np.isfinite(steps).all():
         raise ValueError("a slope needs at least two different finite multipliers")
     vectors.check(model.config)
-    points = dict.fromkeys(tap.point for tap in vectors.taps) if point is None else (point,)
-    vectors = vectors.restricted(
-        tap for name in points for tap in Steering(vectors, layers, name).taps(vectors.n_layers)
-    )
-    held_out = [pair for pair in pairs if pair.key not in vectors.origin.pair_keys]
-    if not held_out:
-        why = "the vectors were made from all of them" if pairs else "none is given"
-        raise ValueError(f"no pair is left to measure on: {why}")
-    encoded = encode_pairs(tokenizer, held_out, form or PromptForm())
+    vectors = _tried(vectors, layers, point)
+    encoded = _held_out(encode_pairs(tokenizer, pairs, form or PromptForm()), vectors)
     items = _items(encoded, protocol)
     variants = _variants(model, vectors, vectors.random_like(seed), steps, unit)
     accessibility, suggested = suggest(model, encoded)
-    found = torch.empty(len(encoded), len(variants.places), dtype=torch.float64)
-    for number, item in enumerate(items):
-        found[number] = propensities(model, item, variants)
-        if on_progress is not None:
-            on_progress(number + 1, len(encoded))
+    found = _sweep(model, items, variants, on_progress)
     # [N, E] -> [vector or control, P, N, K]
     curves = found[:, :-1].view(len(encoded), 2, len(vectors.taps), len(steps))
     vector, control = curves.permute(1, 2, 0, 3).numpy()
@@ -94,8 +84,35 @@ def steerability(
         suggested=suggested,
         seed=seed,
         item_keys=tuple(pair.key for pair in encoded),
-        warnings=_warnings(model, vectors, len(pairs) - len(held_out)),
+        warnings=_warnings(model, vectors, len(pairs) - len(encoded)),
     )
+
+
+def _tried(vectors: SteeringVectors, layers: Layers, point: str | None) -> SteeringVectors:
+    points = dict.fromkeys(tap.point for tap in vectors.taps) if point is None else (point,)
+    return vectors.restricted(
+        tap for name in points for tap in Steering(vectors, layers, name).taps(vectors.n_layers)
+    )
+
+
+def _held_out(pairs: Sequence[PairIds], vectors: SteeringVectors) -> list[PairIds]:
+    held_out = [pair for pair in pairs if pair.key not in vectors.origin.pair_keys]
+    if not held_out:
+        why = "the vectors were made from all of them" if pairs else "none is given"
+        raise ValueError(f"no pair is left to measure on: {why}")
+    return held_out
+
+
+def _sweep(
+    model: Transformer, items: Sequence[Item], variants: Variants, on_progress: OnProgress | None
+) -> Tensor:
+    """[N, E] float64"""
+    found = torch.empty(len(items), len(variants.places), dtype=torch.float64)
+    for number, item in enumerate(items):
+        found[number] = propensities(model, item, variants)
+        if on_progress is not None:
+            on_progress(number + 1, len(items))
+    return found
 
 
 def _items(encoded: Sequence[PairIds], protocol: str) -> list[Item]:

@@ -22,7 +22,7 @@ from ..model.access import Capture
 from ..model.branches import run_branches, shared_prefix
 from ..model.points import Tap
 from ..model.transformer import Transformer
-from ..parallel.winners import reduce_head
+from ..parallel.winners import token_logits
 from .extract import check_length
 from .prompts import PairIds
 
@@ -52,8 +52,6 @@ def _gaps(model: Transformer, pair: PairIds) -> Tensor:
     capture = Capture(taps, last, model.config.d, dtype=model.dtype)
     cache = shared_prefix(model, ids[:-1])
     run_branches(model, cache, torch.tensor([ids[-1:]], device=model.device), access=capture)
-    states = capture.states[0].repeat_interleave(2, 0)  # [2 L, d]
-    labels = torch.tensor(pair.label_ids, device=model.device).repeat(len(taps))
-    winners = reduce_head(model.norm(states), model.head, k=1, target_ids=labels)
-    logprobs = winners.target_logprob.double().view(-1, 2).cpu()
-    return (logprobs[:, 0] - logprobs[:, 1]).abs()
+    labels = torch.tensor(pair.label_ids, device=model.device)
+    logits = token_logits(model.norm(capture.states[0]), model.head, labels).double().cpu()
+    return (logits[:, 0] - logits[:, 1]).abs()  # log-probs differ by as much as logits

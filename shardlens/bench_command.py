@@ -2,7 +2,7 @@
 
 `bench kernels` times every operation at true model shapes, on one device: under torchrun, rank 0
 measures and the others leave. `bench end-to-end` compares whole generations; on several ranks only
-shardlens's own. `bench scaling` starts its ranks itself.
+shardlens's own. `bench scaling` starts its ranks itself. `bench steer-sweep` measures on one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .bench import end_to_end, scaling
+from .bench import end_to_end, scaling, steer_sweep
 from .bench.arm_measures import Setup
 from .bench.end_to_end_report import plot, print_result
 from .bench.kernels import run_grid
@@ -33,6 +33,7 @@ def add_to(commands: Any) -> None:
     _add_kernels(benchmarks)
     _add_end_to_end(benchmarks)
     _add_scaling(benchmarks)
+    _add_steer_sweep(benchmarks)
 
 
 def _add_end_to_end(benchmarks: Any) -> None:
@@ -59,6 +60,16 @@ def _add_scaling(benchmarks: Any) -> None:
     parser.add_argument("--shape", choices=(*CPU_SHAPES, *N_LAYERS), default="cpu")
     _add_outputs(parser)
     parser.set_defaults(run=run_scaling)
+
+
+def _add_steer_sweep(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "steer-sweep",
+        help="steering at all layers and multipliers in one pass, against a pass for each",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each arm (default: 5)")
+    _add_outputs(parser)
+    parser.set_defaults(run=run_steer_sweep)
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +123,19 @@ def run_scaling(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments)
     result = scaling.scaling(rank_counts, arguments.shape)
     scaling.print_scaling(result)
+    emit(result, arguments.save)
+    if arguments.json is not None:
+        write_json(arguments.json, result)
+
+
+def run_steer_sweep(arguments: argparse.Namespace) -> None:
+    if arguments.rounds < 2:
+        raise ValueError(f"--rounds {arguments.rounds} is below 2")
+    if not is_printing_rank():
+        return
+    _check_outputs(arguments)
+    result = steer_sweep.steer_sweep(arguments.rounds, default_device())
+    steer_sweep.print_result(result)
     emit(result, arguments.save)
     if arguments.json is not None:
         write_json(arguments.json, result)

@@ -10,7 +10,9 @@ VERBS = {"extract": steer_extract, "generate": steer_generate, "eval": steer_eva
 
 
 def add_to(commands: Any) -> None:
-    parser = commands.add_parser("steer", help="vectors from pairs of answers")
+    parser = commands.add_parser(
+        "steer", help="vectors from pairs of answers, applied and measured"
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, module in VERBS.items():
         own = verbs.add_parser(name, help=module.HELP)

@@ -13,6 +13,9 @@ KERNEL_EPS = 4
 # And its mean error that expression's by so much: where two roundings follow each other, the last
 # bit of a sum before them turns a few of them either way.
 KERNEL_MEAN = 1.01
+EXTRACTED = 1e-5  # a float32 vector against float64 passes, relative to its largest entry
+SAME_STATES = 1e-6  # the same from the very same states: it is rounded to float32
+FLOAT64 = 1e-12  # two float64 computations of one number of order 1
 GUMBEL = 4e-6  # a kernel's noise, of size up to 22.9, against the float64 inside of the reference
 P_VALUE = 1e-3  # a chi-square test of a right sampler fails this often; seeds are fixed
 PLANNED = 0.1  # memory foretold by `plan` against what is measured, above the weights

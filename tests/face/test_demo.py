@@ -211,3 +211,6 @@ def test_readme_says_how_steerable_it_is() -> None:
     by_label = json.loads((ROOT / "bench/results/steer-label-cautious-bold.json").read_text())
     largest = max(abs(tap["slope"]["mean"]) for tap in by_label["taps"])
     assert f"slopes of at most {largest:.2f}" in readme
+    sweep = json.loads((ROOT / "bench/results/steer-sweep.json").read_text())
+    assert all(claim["met"] for claim in sweep["claims"])
+    assert f"{sweep['time_ratio']:.0f} times as fast for {sweep['variants']} variants" in readme

@@ -15,7 +15,7 @@ import torch
 from conftest import RunRanks
 from oracles import hf_model, save
 from steered import load
-from tolerances import EFFECT
+from tolerances import EFFECT, EXTRACTED, SAME_STATES
 from torch import Tensor
 
 from shardlens.interp.extract import extract, pair_states
@@ -28,8 +28,6 @@ from shardlens.model.points import POINTS, Tap
 from shardlens.model.tokenizer import Tokenizer
 from shardlens.parallel.group import TensorParallel
 
-RELATIVE = 1e-5  # of a float32 vector, to its largest entry
-SAME_STATES = 1e-6  # of a vector made from the very same states: it is rounded to float32
 FOUR_RANKS = dict(vocab_size=1280, num_key_value_heads=4)
 ALL_BUT_PRE, ALL_BUT_POST = POINTS[1:], POINTS[:-1]  # both would name most places twice
 
@@ -220,8 +218,8 @@ def mean_gap(case: Case, texts: list[tuple[Text, Text]], tap: Tap, at: str, move
 def assert_norms(found: SteeringVectors, tap: Tap, sides: Tensor) -> None:
     """Means of norms, which are not the norm of the mean."""
     norm = float(sides.norm(dim=-1).mean())
-    assert found.resid_norms[tap] == pytest.approx(norm, rel=RELATIVE)
-    assert abs(float(sides.mean((0, 1)).norm()) / norm - 1) > EFFECT * RELATIVE
+    assert found.resid_norms[tap] == pytest.approx(norm, rel=EXTRACTED)
+    assert abs(float(sides.mean((0, 1)).norm()) / norm - 1) > EFFECT * EXTRACTED
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -235,13 +233,13 @@ def test_mean_differences(at: str, size: int, case: Case, run_ranks: RunRanks) -
     for tap in found.taps:
         sides = read(case, texts, tap, at)
         expected = (sides[0] - sides[1]).mean(0)
-        assert miss(found.at(tap), expected) <= RELATIVE
+        assert miss(found.at(tap), expected) <= EXTRACTED
         assert_norms(found, tap, sides)
         # not subtracted, turned round, another layer's, or a token earlier or later
         elsewhere = Tap((tap.layer + 1) % found.n_layers, tap.point)
         wrong = [sides[0].mean(0), -expected, mean_gap(case, texts, elsewhere, at, 0)]
         wrong += [mean_gap(case, texts, tap, at, moved) for moved in MISREAD[at]]
-        assert all(miss(one, expected) > EFFECT * RELATIVE for one in wrong)
+        assert all(miss(one, expected) > EFFECT * EXTRACTED for one in wrong)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -259,7 +257,7 @@ def test_contrast(size: int, case: Case, run_ranks: RunRanks) -> None:
     for tap in found.taps:
         sides = read(case, texts, tap, "last")
         expected = (sides[0] - sides[1]).mean(0)
-        atol = RELATIVE * sides.abs().max()
+        atol = EXTRACTED * sides.abs().max()
         assert (found.at(tap) - expected).abs().max() <= atol
         assert_norms(found, tap, sides)
         for wrong in (-expected, mean_gap(case, texts, tap, "last", -1)):
@@ -333,7 +331,7 @@ def test_methods(d: int, tmp_path: Path) -> None:
         expected = {"pca": along(directions[0], mean), "logistic": along(fit.coef_[0], mean)}
         for method, vector in expected.items():
             own = found[method].at(tap)
-            tolerance = SAME_STATES if method == "pca" else RELATIVE
+            tolerance = SAME_STATES if method == "pca" else EXTRACTED
             assert miss(own, vector) <= tolerance
             assert own.double().numpy() @ mean > 0
             unscaled = own / own.norm()
@@ -359,4 +357,4 @@ def test_texts_with_nothing_in_common(tmp_path: Path) -> None:
     for at in ("last", "mean"):
         found = extract(case.model(), tokenizer, PLAIN, point=ALL_BUT_POST, at=at)
         for tap in found.taps:
-            assert miss(found.at(tap), mean_gap(case, texts, tap, at, 0)) <= RELATIVE
+            assert miss(found.at(tap), mean_gap(case, texts, tap, at, 0)) <= EXTRACTED

@@ -11,6 +11,7 @@ import torch
 from conftest import RunRanks
 from oracles import hf_model, save
 from steered import load
+from tolerances import EXTRACTED
 from torch import Tensor
 
 from shardlens.interp.extract import extract, model_fingerprint
@@ -23,7 +24,6 @@ from shardlens.model.points import POINTS, Tap
 from shardlens.model.tokenizer import Tokenizer
 from shardlens.parallel.group import TensorParallel
 
-RELATIVE = 1e-5  # of a float32 vector, to its largest entry
 SINGLE = TensorParallel.single()
 ALL_BUT_PRE, ALL_BUT_POST = POINTS[1:], POINTS[:-1]  # both would name most places twice
 
@@ -215,7 +215,7 @@ def test_small_gaps(method: str, model: Transformer, tokenizer: Tokenizer) -> No
     a, b = set_labels(model, tokenizer, gap=1e-3)
     found = extract(model, tokenizer, SHORT, point="resid_pre", layers=[0], method=method)
     error = found.at(Tap(0, "resid_pre")) - (a - b)
-    assert error.abs().max() <= RELATIVE * (a - b).abs().max()
+    assert error.abs().max() <= EXTRACTED * (a - b).abs().max()
 
 
 def test_a_missing_package_is_told_first(

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console, RenderableType
+from tolerances import FLOAT64
 
 from shardlens.interp.report import SteerabilityReport, check_format
 from shardlens.interp.report_show import curve_table, layer_map, slopes_table, summary_lines
 from shardlens.interp.slopes import MULTIPLIERS, difference, example_slopes, summarize
 from shardlens.model.points import Tap
 
-ROUNDING = 1e-12
 SLOPES = (0.1, 0.4, 0.9, 0.6)  # mean slope made up for each of four layers
 
 
@@ -37,7 +37,7 @@ def made_up(**changes: Any) -> SteerabilityReport:
         control=starts + generator.normal(0, 0.05, (5, 20, 1)) * steps,
         baseline_accuracy=0.55,
         balance=0.5,
-        form=" A",
+        form="A",
         n_train=40,
         unit="vector",
         accessibility=[0.0, 0.1, 0.2, 0.3, 0.8, 0.9],
@@ -78,15 +78,15 @@ def test_numbers_are_those_of_the_propensities() -> None:
         assert Tap(tap["layer"], tap["point"]) == report.taps[index]
         for name, values in (("slope", own), ("control_slope", control)):
             wanted = dataclasses.asdict(summarize(values, MULTIPLIERS))
-            assert tap[name] == pytest.approx(wanted, abs=ROUNDING)
+            assert tap[name] == pytest.approx(wanted, abs=FLOAT64)
         wanted = dict(
             zip(("mean", "low", "high"), difference(own, control, MULTIPLIERS), strict=True)
         )
-        assert tap["difference"] == pytest.approx(wanted, abs=ROUNDING)
-        assert tap["mean_curve"] == pytest.approx(own.mean(axis=0).tolist(), abs=ROUNDING)
+        assert tap["difference"] == pytest.approx(wanted, abs=FLOAT64)
+        assert tap["mean_curve"] == pytest.approx(own.mean(axis=0).tolist(), abs=FLOAT64)
         assert tap["control_mean_curve"] == pytest.approx(control.mean(axis=0).tolist())
         slopes = example_slopes(own, MULTIPLIERS).tolist()
-        assert tap["example_slopes"] == pytest.approx(slopes, abs=ROUNDING)
+        assert tap["example_slopes"] == pytest.approx(slopes, abs=FLOAT64)
         assert np.array(tap["propensities"]) == pytest.approx(own, abs=1e-6)
 
 
@@ -95,7 +95,7 @@ def test_seed_is_that_of_the_bootstrap() -> None:
     assert other.slopes[0].mean == report.slopes[0].mean
     assert other.slopes[0].low != report.slopes[0].low
     assert other.slopes[0].low == pytest.approx(
-        summarize(report.propensities[0], MULTIPLIERS, seed=1).low, abs=ROUNDING
+        summarize(report.propensities[0], MULTIPLIERS, seed=1).low, abs=FLOAT64
     )
     assert other.to_dict()["seed"] == 1
 
@@ -218,7 +218,7 @@ def test_summary_is_in_words() -> None:
     text = "\n".join(summary_lines(report))
     for part in (
         "protocol paper: 20 items, vectors from 40 pairs",
-        "the token ' A'",
+        "the token A;",
         "wins in 55% of the items; it is listed first in 50%",
         f"best of 5 places: layer 4 mlp_norm, slope {slope.mean:+.3f} "
         f"(95% interval {slope.low:+.3f} to {slope.high:+.3f})",

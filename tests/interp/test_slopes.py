@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from scipy import stats
+from tolerances import FLOAT64
 
 from shardlens.interp.slopes import (
     MULTIPLIERS,
@@ -22,7 +23,6 @@ from shardlens.interp.slopes import (
     summarize_each,
 )
 
-ROUNDING = 1e-12  # two float64 computations of the same number of order 1
 UNEVEN = (-2.0, -0.3, 0.1, 0.1, 5.0)
 
 
@@ -38,9 +38,9 @@ def made_up(seed: int, n: int, multipliers: tuple[float, ...] = MULTIPLIERS) -> 
 def test_example_slopes_are_those_of_polyfit(multipliers: tuple[float, ...]) -> None:
     values = made_up(0, 25, multipliers)
     wanted = [np.polyfit(multipliers, row, 1)[0] for row in values]
-    np.testing.assert_allclose(example_slopes(values, multipliers), wanted, atol=ROUNDING)
+    np.testing.assert_allclose(example_slopes(values, multipliers), wanted, atol=FLOAT64)
     both = example_slopes(np.stack([values, -values]), multipliers)
-    np.testing.assert_allclose(both, [wanted, [-slope for slope in wanted]], atol=ROUNDING)
+    np.testing.assert_allclose(both, [wanted, [-slope for slope in wanted]], atol=FLOAT64)
 
 
 @pytest.mark.parametrize("multipliers", [MULTIPLIERS, UNEVEN])
@@ -49,7 +49,7 @@ def test_mean_curve_fit_is_that_of_linregress(multipliers: tuple[float, ...]) ->
     wanted = stats.linregress(multipliers, values.mean(axis=0))
     found = mean_curve_fit(values, multipliers)
     expected = (wanted.slope, wanted.intercept, wanted.rvalue**2)
-    np.testing.assert_allclose(found, expected, atol=ROUNDING)
+    np.testing.assert_allclose(found, expected, atol=FLOAT64)
 
 
 def test_summary_is_its_parts() -> None:
@@ -58,12 +58,12 @@ def test_summary_is_its_parts() -> None:
     curve = values.mean(axis=0)
     found = summarize(values, MULTIPLIERS)
     assert found.n_examples == 40
-    assert found.mean == pytest.approx(mean_curve_fit(values, MULTIPLIERS)[0], abs=ROUNDING)
-    assert found.std == pytest.approx(np.std(slopes, ddof=1), abs=ROUNDING)
+    assert found.mean == pytest.approx(mean_curve_fit(values, MULTIPLIERS)[0], abs=FLOAT64)
+    assert found.std == pytest.approx(np.std(slopes, ddof=1), abs=FLOAT64)
     assert 0 < found.negative_share < 0.5
     assert found.negative_share == np.mean(slopes < 0)
-    assert found.spearman == pytest.approx(stats.spearmanr(MULTIPLIERS, curve)[0], abs=ROUNDING)
-    assert found.r_squared == pytest.approx(mean_curve_fit(values, MULTIPLIERS)[2], abs=ROUNDING)
+    assert found.spearman == pytest.approx(stats.spearmanr(MULTIPLIERS, curve)[0], abs=FLOAT64)
+    assert found.r_squared == pytest.approx(mean_curve_fit(values, MULTIPLIERS)[2], abs=FLOAT64)
 
 
 @pytest.mark.parametrize("n", [8, 60])
@@ -99,26 +99,26 @@ def test_several_vectors_are_summarized_as_alone() -> None:
     for each, rows in zip(summarize_each(values, MULTIPLIERS, seed=3), values, strict=True):
         alone = summarize(rows, MULTIPLIERS, seed=3)
         np.testing.assert_allclose(
-            list(vars(each).values()), list(vars(alone).values()), atol=ROUNDING
+            list(vars(each).values()), list(vars(alone).values()), atol=FLOAT64
         )
     paired = difference_each(values, values[::-1], MULTIPLIERS)
     wanted = difference(values[0], values[2], MULTIPLIERS)
-    np.testing.assert_allclose(paired[0], wanted, atol=ROUNDING)
-    np.testing.assert_allclose(paired[1], (0, 0, 0), atol=ROUNDING)
+    np.testing.assert_allclose(paired[0], wanted, atol=FLOAT64)
+    np.testing.assert_allclose(paired[1], (0, 0, 0), atol=FLOAT64)
 
 
 def test_difference_is_paired() -> None:
     """A gain of 0.2 on every example is sure, however much the examples themselves differ."""
     values, steps = made_up(8, 30), np.array(MULTIPLIERS)
     mean, low, high = difference(values + 0.2 * steps, values, MULTIPLIERS)
-    np.testing.assert_allclose((mean, low, high), 0.2, atol=ROUNDING)
+    np.testing.assert_allclose((mean, low, high), 0.2, atol=FLOAT64)
     alone = summarize(values, MULTIPLIERS)
     assert alone.high - alone.low > 0.1
 
     noise = np.random.default_rng(8).normal(0, 0.3, (30, 1)) * steps
     mean, low, high = difference(values + noise, values, MULTIPLIERS)
     gains = example_slopes(noise, MULTIPLIERS)
-    assert mean == pytest.approx(gains.mean(), abs=ROUNDING)
+    assert mean == pytest.approx(gains.mean(), abs=FLOAT64)
     assert low < mean < high
     assert high - low == pytest.approx(4 * gains.std() / math.sqrt(30), rel=0.1)
 
@@ -132,7 +132,7 @@ def test_difference_is_paired() -> None:
     ],
 )
 def test_spearman_is_that_of_scipy(a: list[float], b: list[float]) -> None:
-    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0], abs=ROUNDING)
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0], abs=FLOAT64)
 
 
 def test_flat_curves_have_no_direction() -> None:
