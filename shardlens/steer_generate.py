@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from .interp.extract import model_fingerprint
 from .interp.lens import LensSpec
 from .interp.output import write_json
 from .interp.vectors import SteeringVectors
@@ -78,8 +80,13 @@ def run(arguments: argparse.Namespace) -> None:
     assert isinstance(results, list)
     if not session.prints:
         return
+    warning = SteeringVectors.load(arguments.vector, session.model.config).warning(
+        model_fingerprint(session.model)
+    )
+    if warning is not None:
+        session.console.print(f"warning: {warning}", markup=False)
     names = ["unsteered", *(f"scale {scale:g}" for scale in arguments.scale)]
-    session.console.print(f"[dim]{arguments.prompt}[/]", markup=True, highlight=False)
+    session.console.print(f"[dim]{escape(arguments.prompt)}[/]")
     session.console.print(_columns(names, results))
     if arguments.json is not None:
         write_json(arguments.json, _content(arguments, results))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -82,6 +83,19 @@ def test_generate_shows_texts_side_by_side(
     assert main([*words, "--max-new-tokens", "12", *more]) == 0
     unreached = json.loads(out.read_text())["results"]
     assert unreached[0]["text"] == unreached[1]["text"] == plain.text
+    assert "warning" not in "\n".join(lines_of(capsys))
+
+
+def test_a_vector_of_another_model_is_warned_of(
+    vector: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    vectors = shardlens.SteeringVectors.load(vector)
+    origin = dataclasses.replace(vectors.origin, model="0123456789abcdef")
+    path = tmp_path / "other.safetensors"
+    dataclasses.replace(vectors, origin=origin).save(path)
+    words = ["--vector", str(path), "--prompt", PROMPT, "--max-new-tokens", "2"]
+    assert main(["steer", "generate", "demo", *words]) == 0
+    assert "warning: " in "\n".join(lines_of(capsys))
 
 
 def test_eval_of_a_vector_and_of_pairs_alone(
