@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..model.config import ModelConfig
@@ -84,7 +84,8 @@ def _write_safetensors(vectors: SteeringVectors, path: Path) -> None:
         "origin": _origin_text(vectors.origin),
     }
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata)
+        # not save_file, whose file nobody else may read
+        partial.write_bytes(save(tensors, metadata))
 
 
 def _read_safetensors(path: Path, _: ModelConfig | None) -> SteeringVectors:

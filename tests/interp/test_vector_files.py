@@ -220,15 +220,18 @@ def test_another_ending_and_a_missing_package_are_refused(
 def test_a_failed_write_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    path = tmp_path / f"v.{ending}"
+    path, plain = tmp_path / f"v.{ending}", tmp_path / "plain"
     made(BLOCKS).save(path)
     before = path.read_bytes()
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # others may read it as any file
+    plain.unlink()
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
-    monkeypatch.setattr(vector_files, "save_file", full)
+    monkeypatch.setattr(vector_files, "save", full)
     with pytest.raises(ValueError, match=rf"v.{ending} cannot be written: No space left"):
         made(BLOCKS[:2]).save(path)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
