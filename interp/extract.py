@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..model.access import Capture
-from ..model.branches import run_branches, shared_prefix
+from ..model.branches import padded, run_branches, shared_prefix
 from ..model.points import POINTS, Layers, Tap, check_point, parse_layers
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import RMSNorm, Transformer
@@ -136,11 +136,9 @@ def pair_states(model: Transformer, pair: PairIds, taps: Sequence[Tap], at: str)
     sides = (pair.matching, pair.other)
     spans = [_span(side, at) for side in sides]
     n_shared = min(pair.n_shared, *(span.start for span in spans))
-    n_own = max(span.stop for span in spans) - n_shared  # nothing is read after the answer
-    ids = torch.zeros(2, n_own, dtype=torch.int64)
-    for row, side in zip(ids, sides, strict=True):
-        own = side.ids[n_shared : n_shared + n_own]
-        row[: len(own)] = torch.tensor(own)
+    n_own = max(span.stop for span in spans) - n_shared
+    # nothing is read after the answers
+    ids = padded([side.ids[n_shared : n_shared + n_own] for side in sides], model.device)
     rows = [
         torch.arange(span.start - n_shared, span.stop - n_shared) + row * n_own
         for row, span in enumerate(spans)

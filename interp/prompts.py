@@ -13,7 +13,7 @@ import hashlib
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,6 +22,8 @@ from .offsets import Span, quoted, token_spans
 from .pairs import Pair
 
 SomePair = TypeVar("SomePair", bound=Pair)
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 # How a line begins that is one of a list of options: "(A)", "A.", "(1):".
 _OPTION_MARK = re.compile(r"^\s*(?:\(\w\):?|\w[.:)])(?=\s|$)")
@@ -141,16 +143,22 @@ def encode_pairs(
 
     Errors begin with the pair's number, counted from 1.
     """
-    encoded = []
+    if contrast is None:
+        return of_each(
+            pairs, lambda pair: encode_pair(tokenizer, pair, form, needs_label=needs_label)
+        )
+    return of_each(pairs, lambda pair: encode_contrast(tokenizer, pair, form, contrast))
+
+
+def of_each(pairs: Sequence[Given], act: Callable[[Given], Made]) -> list[Made]:
+    """Returns act(pair) of each. Its errors begin with the pair's number, counted from 1."""
+    made = []
     for number, pair in enumerate(pairs, start=1):
         try:
-            if contrast is None:
-                encoded.append(encode_pair(tokenizer, pair, form, needs_label=needs_label))
-            else:
-                encoded.append(encode_contrast(tokenizer, pair, form, contrast))
+            made.append(act(pair))
         except ValueError as error:
             raise ValueError(f"pair {number}: {error}") from None
-    return encoded
+    return made
 
 
 def label_of(answer: str) -> Span:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.edits import ADD, Edits
-from ..model.branches import run_branches, shared_prefix
+from ..model.branches import padded, run_branches, shared_prefix
 from ..model.cache import KVCache
 from ..model.edit_table import SiteEdits
 from ..model.points import Tap
@@ -104,12 +104,8 @@ def propensities(model: Transformer, item: Item, variants: Variants) -> Tensor:
 
 
 def _of_pass(model: Transformer, cache: KVCache, item: Item, variants: Variants) -> Tensor:
-    n_edits, n_texts = len(variants.places), len(item.continuations)
-    n_tokens = max(len(own) for own in item.continuations)
-    ids = torch.zeros(n_texts, n_tokens, dtype=torch.int64)
-    for row, own in zip(ids, item.continuations, strict=True):
-        row[: len(own)] = torch.tensor(own)
-    ids = ids.to(model.device)
+    n_edits, ids = len(variants.places), padded(item.continuations, model.device)
+    n_texts, n_tokens = ids.shape
     hidden = run_branches(
         model, cache, ids.repeat(n_edits, 1), edits=variants.edits(n_texts * n_tokens)
     )  # [E * texts, T, d]

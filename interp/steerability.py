@@ -21,7 +21,7 @@ from ..model.transformer import Transformer
 from .extract import OnProgress, model_fingerprint
 from .offsets import quoted
 from .pairs import Pair
-from .prompts import PairIds, PromptForm, balance, encode_pairs
+from .prompts import PairIds, PromptForm, balance, encode_pairs, of_each
 from .propensity import PROTOCOLS, Item, Variants, propensities
 from .report import SteerabilityReport
 from .slopes import MULTIPLIERS
@@ -62,7 +62,7 @@ def steerability(
     vectors.check(model.config)
     vectors = _tried(vectors, layers, point)
     encoded = _held_out(encode_pairs(tokenizer, pairs, form or PromptForm()), vectors)
-    items = _items(encoded, protocol)
+    items = of_each(encoded, lambda pair: Item.of(pair, protocol))
     variants = _variants(model, vectors, vectors.random_like(seed), steps, unit)
     accessibility, suggested = suggest(model, encoded)
     found = _sweep(model, items, variants, on_progress)
@@ -113,16 +113,6 @@ def _sweep(
         if on_progress is not None:
             on_progress(number + 1, len(items))
     return found
-
-
-def _items(encoded: Sequence[PairIds], protocol: str) -> list[Item]:
-    items = []
-    for number, pair in enumerate(encoded, start=1):
-        try:
-            items.append(Item.of(pair, protocol))
-        except ValueError as error:
-            raise ValueError(f"pair {number}: {error}") from None
-    return items
 
 
 def _variants(

@@ -11,8 +11,11 @@ each, of this rank; D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .access import NO_ACCESS, Access
 from .cache import KVCache
@@ -28,6 +31,12 @@ def shared_prefix(model: Transformer, token_ids: list[int]) -> KVCache:
     for chunk in ids.split(PREFILL_CHUNK, dim=1) if token_ids else ():
         model(chunk, cache=cache)
     return cache
+
+
+def padded(texts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Token ids of branches [M, T] int64, padded on the right to the longest with id 0."""
+    rows = [torch.tensor(text, dtype=torch.int64) for text in texts]
+    return pad_sequence(rows, batch_first=True).to(device)
 
 
 def run_branches(

@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     positions_of(arguments.positions)
     session = open_session(arguments, _needs(arguments))
-    steerings = _steerings(arguments, session.model.config)
+    vectors = SteeringVectors.load(arguments.vector, session.model.config)
+    steerings = _steerings(arguments, vectors, session.model.config)
     prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)
     results = generate(
         session.model,
@@ -80,9 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     assert isinstance(results, list)
     if not session.prints:
         return
-    warning = SteeringVectors.load(arguments.vector, session.model.config).warning(
-        model_fingerprint(session.model)
-    )
+    warning = vectors.warning(model_fingerprint(session.model))
     if warning is not None:
         session.console.print(f"warning: {warning}", markup=False)
     names = ["unsteered", *(f"scale {scale:g}" for scale in arguments.scale)]
@@ -92,9 +91,10 @@ def run(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, _content(arguments, results))
 
 
-def _steerings(arguments: argparse.Namespace, config: ModelConfig) -> list[Steering]:
+def _steerings(
+    arguments: argparse.Namespace, vectors: SteeringVectors, config: ModelConfig
+) -> list[Steering]:
     """One a scale. Raises ValueError for vectors that do not fit the model."""
-    vectors = SteeringVectors.load(arguments.vector, config)
     steerings = [
         Steering(
             vectors,
@@ -116,7 +116,7 @@ def _needs(arguments: argparse.Namespace) -> NeedsFn:
     plain = run_needs(arguments, None)
 
     def needs(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, int, LensSpec | None]:
-        _steerings(arguments, config)
+        _steerings(arguments, SteeringVectors.load(arguments.vector, config), config)
         return plain(config, tokenizer)
 
     return needs

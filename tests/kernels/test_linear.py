@@ -25,21 +25,26 @@ from shardlens.kernels.linear import (
 module = import_module("shardlens.kernels.linear")  # the package gives the function that name
 
 
-@pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Small weights are cut too; the list gets the shape of x of each product in parts."""
+def noted(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Gets the shape of x whenever the module's function of that name is called."""
     seen: list[tuple[int, ...]] = []
-    in_parts = module._in_parts
+    product = getattr(module, name)
 
     def noting(x: Tensor, weight: Tensor) -> Tensor:
         seen.append(tuple(x.shape))
-        out: Tensor = in_parts(x, weight)
+        out: Tensor = product(x, weight)
         return out
 
-    monkeypatch.setattr(module, "_in_parts", noting)
+    monkeypatch.setattr(module, name, noting)
+    return seen
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Small weights are cut too; the list gets the shape of x of each product in parts."""
     monkeypatch.setattr(module, "LEAST_WEIGHTS", 0)
     monkeypatch.setattr(module, "HAS_MKL", True)
-    return seen
+    return noted("_in_parts", monkeypatch)
 
 
 @pytest.fixture
@@ -47,17 +52,8 @@ def convolved(cut: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> li
     """Small weights are convolved too; the list gets the shape of x of each such product."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch is built without oneDNN, which convolves")
-    seen: list[tuple[int, ...]] = []
-    one_by_one = module._convolved
-
-    def noting(x: Tensor, weight: Tensor) -> Tensor:
-        seen.append(tuple(x.shape))
-        out: Tensor = one_by_one(x, weight)
-        return out
-
-    monkeypatch.setattr(module, "_convolved", noting)
     monkeypatch.setattr(module, "CONVOLVED_LEAST_WEIGHTS", 0)
-    return seen
+    return noted("_convolved", monkeypatch)
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

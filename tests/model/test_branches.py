@@ -8,23 +8,16 @@ import pytest
 import torch
 from conftest import RunRanks
 from oracles import FAMILIES, hf_model, save
+from steered import load
 from tolerances import EFFECT, PASSES
 from torch import Tensor
 
 from shardlens.kernels.edits import Edits
-from shardlens.model import Transformer, load_weights
 from shardlens.model.access import Capture
 from shardlens.model.branches import run_branches, shared_prefix
 from shardlens.model.edit_table import SiteEdits
-from shardlens.model.load import read_config
 from shardlens.model.points import POINTS, Tap
 from shardlens.parallel.group import TensorParallel
-
-
-def load(directory: Path, parallel: TensorParallel) -> Transformer:
-    model = Transformer(read_config(directory), parallel=parallel)
-    load_weights(model, directory)
-    return model.eval().requires_grad_(False)
 
 
 def texts(n_shared: int, m: int, t: int) -> tuple[list[int], Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import ExactLens, exact_lens, hf_model, save
+from steered import load
 from tolerances import EFFECT, PASSES
 from torch import Tensor
 
@@ -19,7 +20,7 @@ import shardlens
 from shardlens.kernels.gumbel import gumbel_reference
 from shardlens.kernels.launch import Chip, pretending
 from shardlens.kernels.switch import implementation
-from shardlens.model import Transformer, load_weights
+from shardlens.model import Transformer
 from shardlens.model import generation as generation_module
 from shardlens.model import step as step_module
 from shardlens.model.access import Capture
@@ -79,12 +80,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = hf_model("llama-mha", num_attention_heads=12, num_key_value_heads=12)
     return save(model, tmp_path_factory.mktemp("engine"))
-
-
-def load(checkpoint: Path, parallel: TensorParallel) -> Transformer:
-    model = Transformer(read_config(checkpoint), parallel=parallel)
-    load_weights(model, checkpoint)
-    return model.eval().requires_grad_(False)
 
 
 @dataclasses.dataclass
