@@ -1,6 +1,6 @@
-"""What the kernels compile to, for GPUs that are not there: registers, spills, instructions.
+"""What the kernels compile to, for GPUs that are not there: registers, spills, shared memory.
 
-    python -m shardlens.bench.compiled [--capability 80 90 100]
+    python -m shardlens.bench.compiled [--capability 80 86 89 90 100 120] [--save compiled]
 
 Runs every operation on meta tensors of true model shapes, compiles each kernel that would be
 launched, in each configuration, and reads the machine code. Needs Triton and no GPU; not to be
@@ -27,7 +27,17 @@ from ..kernels.switch import implementation
 from .kernel_cases import CASES
 from .report import emit, environment
 
-CHIPS = {80: Chip(80, 108), 90: Chip(90, 132), 100: Chip(100, 148)}
+# A100; A10, RTX 30; L4, L40S, RTX 40; H100, H200; B200; RTX 50.
+CHIPS = {
+    80: Chip(80, 108),
+    86: Chip(86, 84),
+    89: Chip(89, 142),
+    90: Chip(90, 132),
+    100: Chip(100, 148),
+    120: Chip(120, 170),
+}
+# Square roots and divisions that are not correctly rounded.
+APPROXIMATE = re.compile(r"\b(?:sqrt|rsqrt|rcp|div)\.(?:approx|full)")
 INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "LDGSTS", "FFMA")
 TYPES = {
     torch.float32: "fp32",
@@ -41,7 +51,9 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel in one configuration. Spills are instructions that touch local memory."""
+    """One kernel in one configuration. Spills are instructions that touch local memory;
+    approximations are square roots and divisions that may miss the last bit.
+    """
 
     case: str
     kernel: str
@@ -50,6 +62,8 @@ class Compiled:
     registers: int
     spills: int
     shared_bytes: int
+    shared_limit_bytes: int  # of the chip, for one program
+    approximations: int
     instructions: dict[str, int]
 
 
@@ -139,6 +153,8 @@ def _compile(
         registers=int(register_count[1]),
         spills=counts.pop("LDL") + counts.pop("STL"),
         shared_bytes=built.metadata.shared,
+        shared_limit_bytes=CHIPS[capability].shared_bytes,
+        approximations=len(APPROXIMATE.findall(built.asm["ptx"])),
         instructions={op: count for op, count in counts.items() if count},
     )
 
@@ -166,7 +182,7 @@ def main() -> None:
             print(
                 f"sm_{capability:<4} {built.case:24} {built.kernel:32} "
                 f"{built.registers:4} registers {built.spills:4} spills "
-                f"{built.shared_bytes / 1024:6.1f} KiB shared "
+                f"{built.shared_bytes / 1024:6.1f} of {built.shared_limit_bytes / 1024:.0f} KiB "
                 f"{built.instructions}  {built.options}",
                 flush=True,
             )

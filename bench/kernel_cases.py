@@ -15,6 +15,7 @@ from ..kernels.rmsnorm_steer import rmsnorm_steer
 from ..kernels.rmsnorm_steer_backward import rmsnorm_steer_backward
 from ..kernels.rope_qk import rope_qk
 from ..kernels.swiglu import swiglu, swiglu_backward
+from ..kernels.target_logits import target_logits
 
 CASES: dict[str, Callable[[str], Any]] = {}
 Run = Callable[[str], Any]
@@ -102,9 +103,24 @@ def _(device: str) -> None:
     head(device, 81 * 64, 8192, 16_032, group_size=81, k=20)
 
 
+@case("head_odd")
+def _(device: str) -> None:
+    """Columns that no step divides."""
+    for rows in (8, 32, 33, 128, 4096):
+        head(device, rows, 608, 16_032, noise=sampled(device, 1) if rows <= 128 else None)
+
+
+@case("target_logits")
+def _(device: str) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows in (8, 32, 33, 128, 4096):
+            x, weight = (torch.empty(n, 4096, dtype=dtype, device=device) for n in (rows, 16_032))
+            target_logits(x, weight, torch.empty(rows, dtype=torch.int64, device=device))
+
+
 @case("head_float32")
 def _(device: str) -> None:
-    for rows in (8, 32, 33, 33 * 64):
+    for rows in (8, 32, 33, 128, 33 * 64):
         target = Target(
             torch.empty(rows, dtype=torch.int64, device=device),
             *(torch.empty(rows, device=device) for _ in range(2)),
@@ -115,10 +131,15 @@ def _(device: str) -> None:
 
 @case("decode_attention")
 def _(device: str) -> None:
-    for batch, heads, kv_heads in ((8, 32, 8), (8, 64, 8), (1, 16, 2), (512, 32, 32)):
-        q = bf16(device, batch, heads, 128)
-        keys, values = (bf16(device, batch, kv_heads, 8192, 128) for _ in range(2))
-        decode_attention(q, keys, values, torch.empty(batch, dtype=torch.int64, device=device))
+    shapes = (
+        (8, 32, 8, 128), (8, 64, 8, 128), (1, 16, 2, 128), (512, 32, 32, 128),
+        (8, 9, 3, 64), (4, 32, 2, 128), (2, 64, 1, 128), (2, 16, 8, 256),
+    )  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float32):
+        for batch, heads, kv_heads, head_dim in shapes:
+            q = torch.empty(batch, heads, head_dim, dtype=dtype, device=device)
+            cache = torch.empty(batch, kv_heads, 8192, head_dim, dtype=dtype, device=device)
+            decode_attention(q, cache, cache, torch.empty(batch, dtype=torch.int64, device=device))
 
 
 @case("rope_qk")

@@ -14,6 +14,7 @@ from .rope import rope_angles_reference, rope_reference
 from .rope_qk import rope_qk, rope_qk_reference
 from .swiglu import swiglu, swiglu_reference
 from .switch import implementation, set_implementation
+from .target_logits import target_logits, target_logits_reference
 
 __all__ = [
     "MODES",
@@ -40,4 +41,6 @@ __all__ = [
     "set_implementation",
     "swiglu",
     "swiglu_reference",
+    "target_logits",
+    "target_logits_reference",
 ]

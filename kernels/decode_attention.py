@@ -8,9 +8,11 @@ B requests, H query and K key/value heads (G = H / K share one), S positions of 
 size. q [B, H, D]; keys, values [B, K, S, D]; lengths [B] stay in device memory, so that a captured
 CUDA graph serves every length. The bound is reading each key and value once: 2 B K length D
 numbers. Every request is cut into as many equal parts, by its actual length: none is idle as long
-as there are positions. The tensor cores take softmax weights in the cache's dtype only; where it
-has 16 bits, a weight goes in as high + low part, the low parts in rows of the product that would
-else be padding (it has 16 at least), so that no more than the output is rounded to 16 bits.
+as there are positions. How many follows from the shapes of q and the cache, so that a step gives
+the same bits whenever it runs, eager or captured. The tensor cores take softmax weights in the
+cache's dtype only; where it has 16 bits, a weight goes in as high + low part, the low parts in rows
+of the product that would else be padding (it has 16 at least), so that no more than the output is
+rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .language import tl, triton
-from .launch import Config, chip_of, choose, fewest_parts, launch
+from .launch import Config, chip_of, fewest_parts, launch
 from .switch import through_op, use_triton
 
 MOST_SPLITS = 128
@@ -122,7 +124,7 @@ def _split_kernel(
     member = tl.arange(0, GROUP)
     part_row = ((request * kv_heads + kv_head) * G + member) * splits + split
     if DIRECT:
-        mixed = mixed / tl.where(total == 0, 1, total)[:, None]
+        mixed = tl.div_rn(mixed, tl.where(total == 0, 1.0, total)[:, None])
     else:
         tl.store(stats + part_row, best, mask=member < G)
         rows = tl.num_programs(0).to(tl.int64) * kv_heads * G * splits
@@ -156,28 +158,27 @@ def _merge_kernel(
     top = tl.maximum(tl.max(best, 0), LOWEST)
     share = tl.exp2((best - top) * scale)
     denominator = tl.sum(share * total, 0)
-    mixed = tl.sum(share[:, None] * mixed, 0) / tl.where(denominator == 0, 1, denominator)
+    mixed = tl.div_rn(
+        tl.sum(share[:, None] * mixed, 0), tl.where(denominator == 0, 1.0, denominator)
+    )
     tl.store(out + row * D + column, mixed.to(out.dtype.element_ty), mask=column < D)
 
 
-def _configs(rows: int, width: int, bytes_each: int) -> list[Config]:
-    """tile: positions per step, and programs that a processor holds at once."""
+def _config(rows: int, width: int, bytes_each: int) -> Config:
+    """tile: positions per step, and programs that a processor holds at once.
+
+    It follows from the shapes and is never timed: tiles and splits decide how sums are rounded.
+    """
     # products of float32 take no tensor cores, and larger tiles of them spill registers
     block = 16 if bytes_each == 4 else min(128, max(16, TILE_BYTES // (width * bytes_each)))
-    half = max(16, block // 2)
     if rows > 16 or width * bytes_each > 512:
-        most = 2 if rows <= 32 else 1
-        return [Config((block, most), warps=8, stages=3), Config((half, most), warps=8, stages=3)]
-    return [
-        Config((block, 2), warps=4, stages=3),
-        Config((half, 4), warps=4, stages=3),
-        Config((block, 3), warps=4, stages=3),
-    ]
+        return Config((block, 2 if rows <= 32 else 1), warps=8, stages=3)
+    return Config((block, 2), warps=4, stages=3)
 
 
-def split_count(pairs: int, span: int, resident: int) -> int:
+def split_count(pairs: int, capacity: int, resident: int) -> int:
     """Splits for `pairs` of (request, kv head), where `resident` programs run at once."""
-    most = max(1, min(MOST_SPLITS, span // LEAST_POSITIONS))
+    most = max(1, min(MOST_SPLITS, capacity // LEAST_POSITIONS))
     return fewest_parts(pairs, most, resident, GOOD_FILL)
 
 
@@ -189,7 +190,6 @@ def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int
     if not out.numel():
         return out
     q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
-    span = capacity if span is None else min(span, capacity)
     shared = n_heads // kv_heads  # G
     width = max(16, triton.next_power_of_2(head_dim))
     parts = 1 if q.dtype == torch.float32 else 2  # of a weight: itself, or high and low
@@ -197,60 +197,57 @@ def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int
     scale = LOG2_E / math.sqrt(head_dim)
     processors = chip_of(q.device).processors
 
-    def run(config: Config) -> None:
-        splits = split_count(batch * kv_heads, span, config.tile[1] * processors)
-        partial, stats = out, out
-        if splits > 1:
-            partial = q.new_empty((batch, n_heads, splits, head_dim), dtype=torch.float32)
-            stats = q.new_empty((2, batch, n_heads, splits), dtype=torch.float32)
+    config = _config(rows, width, q.element_size())
+    splits = split_count(batch * kv_heads, capacity, config.tile[1] * processors)
+    partial, stats = out, out
+    if splits > 1:
+        partial = q.new_empty((batch, n_heads, splits, head_dim), dtype=torch.float32)
+        stats = q.new_empty((2, batch, n_heads, splits), dtype=torch.float32)
+    launch(
+        _split_kernel,
+        (batch, kv_heads, splits),
+        q,
+        keys,
+        values,
+        lengths,
+        partial,
+        stats,
+        *q.stride()[:2],
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        lengths.stride(0),
+        capacity,
+        scale,
+        G=shared,
+        D=head_dim,
+        GROUP=rows // parts,
+        PARTS=parts,
+        WIDTH=width,
+        BLOCK=config.tile[0],
+        DIRECT=splits == 1,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        # left to itself, the assembler at times takes half of these and spills
+        maxnreg=min(255, REGISTERS // (config.tile[1] * 32 * config.warps) // 8 * 8),
+    )
+    if splits > 1:
+        padded = triton.next_power_of_2(splits)
+        block = min(width, MERGE_TILE // padded)
         launch(
-            _split_kernel,
-            (batch, kv_heads, splits),
-            q,
-            keys,
-            values,
-            lengths,
+            _merge_kernel,
+            (batch * n_heads, triton.cdiv(head_dim, block)),
             partial,
             stats,
-            *q.stride()[:2],
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            lengths.stride(0),
-            capacity,
+            out,
+            splits,
             scale,
-            G=shared,
             D=head_dim,
-            GROUP=rows // parts,
-            PARTS=parts,
-            WIDTH=width,
-            BLOCK=config.tile[0],
-            DIRECT=splits == 1,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            # left to itself, the assembler at times takes half of these and spills
-            maxnreg=min(255, REGISTERS // (config.tile[1] * 32 * config.warps) // 8 * 8),
+            SPLITS=padded,
+            BLOCK=block,
+            LOWEST=torch.finfo(torch.float32).min,
+            num_warps=MERGE_WARPS,
         )
-        if splits > 1:
-            padded = triton.next_power_of_2(splits)
-            block = min(width, MERGE_TILE // padded)
-            launch(
-                _merge_kernel,
-                (batch * n_heads, triton.cdiv(head_dim, block)),
-                partial,
-                stats,
-                out,
-                splits,
-                scale,
-                D=head_dim,
-                SPLITS=padded,
-                BLOCK=block,
-                LOWEST=torch.finfo(torch.float32).min,
-                num_warps=MERGE_WARPS,
-            )
 
-    size = triton.next_power_of_2(batch * kv_heads), triton.next_power_of_2(span)
-    key = ("decode_attention", q.dtype, head_dim, shared, size)
-    run(choose(key, q.device, _configs(rows, width, q.element_size()), run))
     return out
 
 
@@ -272,7 +269,8 @@ def decode_attention(
     """Attention of q [B, H, D] to positions 0 .. lengths - 1 of keys, values [B, K, S, D].
 
     lengths [B] int32 or int64, never read on the host; a request of length 0 gets zeros. span: an
-    upper bound of lengths known to the host, which saves work. Returns [B, H, D], contiguous.
+    upper bound of lengths known to the host, which saves the reference work. Returns [B, H, D],
+    contiguous.
     Raises ValueError where shapes or dtypes do not fit together.
     """
     batch, n_heads, head_dim = q.shape

@@ -105,12 +105,12 @@ def load_edit(vectors, modes, scale, at, row, stride, column, inside):
 def edit_row(a, v, mode, s):
     """The edited row, float32; a, v [BLOCK] float32, zero beyond d."""
     vv = tl.sum(v * v, 0)
-    inverse = tl.where(vv > 0, 1 / vv, 0.0)
+    inverse = tl.where(vv > 0, tl.div_rn(1.0, vv), 0.0)
     component = tl.sum(a * v, 0) * inverse
     coefficient = tl.where(mode == _ABLATE, -s * component, s)
-    coefficient = tl.where(mode == _CLAMP, s * tl.sqrt(inverse) - component, coefficient)
+    coefficient = tl.where(mode == _CLAMP, s * tl.sqrt_rn(inverse) - component, coefficient)
     out = a + coefficient * v
     if mode == _KEEP_NORM:
         bb = tl.sum(out * out, 0)
-        out = out * tl.where(bb > 0, tl.sqrt(tl.sum(a * a, 0) / bb), 0.0)
+        out = out * tl.where(bb > 0, tl.sqrt_rn(tl.div_rn(tl.sum(a * a, 0), bb)), 0.0)
     return out

@@ -119,7 +119,7 @@ def _edit_backward_kernel(
 @triton.jit
 def _factors(av, vv, gv, aa, bb, gb, mode, s, is_edited):
     """(of a, v, g in da; ds; of a, v, g in dv), from inner products of the row."""
-    inverse = tl.where(vv > 0, 1 / tl.sqrt(vv), 0.0)
+    inverse = tl.where(vv > 0, tl.div_rn(1.0, tl.sqrt_rn(vv)), 0.0)
     p, q = av * inverse, gv * inverse
     of_a, of_v, of_g, ds = 0.0, 0.0, 1.0, gv
     v_of_a, v_of_v, v_of_g = 0.0, 0.0, s
@@ -132,11 +132,11 @@ def _factors(av, vv, gv, aa, bb, gb, mode, s, is_edited):
         v_of_v = -(u_of_g * q + u_of_a * p) * inverse * inverse
     elif mode == _KEEP_NORM:
         whole = (aa > 0) & (bb > 0)
-        norms = tl.sqrt(aa * bb)
-        ratio = tl.where(whole, aa / norms, 0.0)
-        along_b = -ratio * tl.where(whole, gb / bb, 0.0)
+        norms = tl.sqrt_rn(aa * bb)
+        ratio = tl.where(whole, tl.div_rn(aa, norms), 0.0)
+        along_b = -ratio * tl.where(whole, tl.div_rn(gb, bb), 0.0)
         # db = ratio g + along_b (a + s v)
-        of_a, of_v, of_g = along_b + tl.where(whole, gb / norms, 0.0), along_b * s, ratio
+        of_a, of_v, of_g = along_b + tl.where(whole, tl.div_rn(gb, norms), 0.0), along_b * s, ratio
         ds = ratio * gv + along_b * (av + s * vv)
         v_of_a, v_of_v, v_of_g = s * along_b, s * along_b * s, s * ratio
     return of_a, of_v, of_g, tl.where(is_edited, ds, 0.0), v_of_a, v_of_v, v_of_g

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head_stats_kernel import N_SUMS, head_kernel, merge_kernel
+from .head_cut import MOST_K, TILE_ROWS, Cut, cut, tile_width
+from .head_stats_kernel import N_SUMS, dot_precision, head_kernel, merge_kernel
 from .head_stats_reference import (
     HeadStats,
     Noise,
@@ -28,63 +29,32 @@ from .head_stats_reference import (
     head_stats_reference,
 )
 from .language import triton
-from .launch import Chip, Config, chip_of, choose, fewest_parts, launch
+from .launch import Chip, Config, chip_of, choose, launch
 from .rmsnorm_steer import rmsnorm_reference
 from .switch import use_triton
 
-MOST_K = 64
-TILE_ROWS = 128
-# Rows and ids of a tile, columns per step, ids of a part, bulk loads; warps; stages.
-FEW: dict[int, tuple[Config, ...]] = {
-    16: (Config((16, 128, 128, 64, 1), 4, 4), Config((16, 128, 128, 64, 0), 4, 4)),
-    32: (Config((32, 128, 128, 32, 1), 4, 4), Config((32, 128, 64, 32, 0), 4, 4)),
-    64: (Config((64, 256, 64, 32, 1), 8, 4), Config((64, 128, 64, 32, 0), 8, 4)),
-    128: (Config((128, 128, 64, 16, 1), 8, 4), Config((128, 64, 64, 16, 0), 8, 3)),
-}
-MANY: tuple[Config, ...] = (Config((128, 128, 64, 16, 1), 8, 4),)
-# Twice the ids a tile, for fewer loads an operation; elsewhere than on Hopper it spills.
-MANY_ON_HOPPER = (Config((128, 256, 64, 32, 1), 8, 3), *MANY)
-# Products of float32 are three of tf32, whose operands take registers too.
-FLOAT32 = {
-    16: Config((16, 64, 64, 32, 0), 4, 3),
-    32: Config((32, 64, 32, 32, 0), 4, 3),
-    64: Config((64, 32, 32, 32, 0), 4, 3),
-    128: Config((128, 32, 32, 16, 0), 8, 3),
-}
-SHARED_BYTES = {80: 160 * 1024, 90: 224 * 1024, 100: 224 * 1024}
-MOST_PROGRAMS = 2  # of a processor: registers hold no more
-GOOD_FILL = 0.97
-INTERPRETED = (128, 64, 64, 0)
-# Told no number, the assembler at times aims lower, for more programs at once, and spills.
+# Left without a number, the assembler at times aims lower, for more programs at once, and spills.
 MOST_REGISTERS = 255
 
 
-def _configs(chip: Chip, n_rows: int, x: Tensor) -> tuple[Config, ...]:
-    """What may run on this chip, best guess first."""
-    rows = max(16, triton.next_power_of_2(n_rows))
-    if chip.capability == 0:  # the interpreter, whose cost is the number of programs and tiles
-        return (Config((min(TILE_ROWS, rows), *INTERPRETED), 4),)
-    if x.dtype == torch.float32:
-        return (FLOAT32[min(rows, TILE_ROWS)],)
-    many = MANY_ON_HOPPER if chip.capability == 90 else MANY
-    offered = FEW[rows] if rows <= TILE_ROWS else many
-    if chip.capability < 90:  # tiles meant for bulk loads need more registers without them
-        offered = tuple(c for c in offered if not c.tile[4]) or offered
-    return tuple(c for c in offered if _fitting(c, x, chip)) or offered[-1:]
-
-
-def _fitting(config: Config, x: Tensor, chip: Chip) -> int:
-    """How many programs a processor's shared memory holds at once."""
-    rows, ids, columns = config.tile[:3]
-    bytes_each = (rows + ids) * columns * x.element_size() * config.stages
-    return SHARED_BYTES.get(chip.capability, SHARED_BYTES[80]) // bytes_each
-
-
-def _has_bulk_loads(chip: Chip, *tensors: Tensor) -> bool:
-    """Whether the GPU's tensor memory accelerator can read these matrices."""
-    return chip.capability >= 90 and all(
+def has_bulk_loads(chip: Chip, *tensors: Tensor) -> bool:
+    """Whether the GPU's tensor memory accelerator can feed a product with these matrices."""
+    return chip.has_wide_products and all(
         t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
     )
+
+
+def runs_kernel(x: Tensor, weight: Tensor, k: int) -> bool:
+    """Whether rows x meet `weight` in the kernel, or in the reference."""
+    is_served = k <= MOST_K and x.dtype == weight.dtype and x.dtype != torch.float64
+    return use_triton(x) and is_served
+
+
+def cut_of(x: Tensor, weight: Tensor, k: int, group_size: int) -> Cut:
+    """How the kernel is cut for these rows, of which there are some, and this slice."""
+    chip = chip_of(x.device)
+    bulk = has_bulk_loads(chip, x, weight)
+    return cut(x.shape[0], weight.shape[0], group_size, k, x.dtype, chip, bulk)
 
 
 def _launch(
@@ -111,8 +81,7 @@ def _launch(
             tuple(weight.shape), x.dtype, k, target is None, group_size > 1,
             noise is None, norm_weight is None,
         )  # fmt: skip
-        configs = _configs(chip_of(x.device), x.shape[0], x)
-        run(choose(key, x.device, configs, run))
+        run(choose(key, x.device, cut_of(x, weight, k, group_size).configs, run))
     return out
 
 
@@ -129,20 +98,13 @@ def _run(
     eps: float,
     config: Config,
 ) -> None:
-    chip = chip_of(x.device)
     (n_rows, d), n_ids = x.shape, weight.shape[0]
     rows, ids, columns, part, wants_bulk = config.tile
-    tile_rows = rows if n_rows <= rows else rows // group_size * group_size
-    row_tiles = triton.cdiv(n_rows, tile_rows)
-    places = chip.processors * max(1, min(MOST_PROGRAMS, _fitting(config, x, chip)))
-    # few, large shares that still leave hardly a processor idle
-    shares = fewest_parts(row_tiles, min(triton.cdiv(n_ids, ids), places), places, GOOD_FILL)
-    share = 16 * triton.cdiv(triton.cdiv(n_ids, shares), 16)
-    n_parts = triton.cdiv(n_ids, share)
+    k = out.values.shape[1]
+    work = cut_of(x, weight, k, group_size)
     n_keyed, n_best = out.key_ids.shape
     seed, step = (None, None) if noise is None else (noise.seed, noise.step)
     key_place = 0 if noise is None else noise.place
-    k = out.values.shape[1]
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -151,27 +113,28 @@ def _run(
         return torch.empty(shape, dtype=torch.int32, device=x.device)
 
     k_2, n_2 = triton.next_power_of_2(k), triton.next_power_of_2(max(1, n_best))
-    winners = (floats(n_parts, n_rows, k_2), ints(n_parts, n_rows, k_2))
-    sums = floats(n_parts, n_rows, N_SUMS)
-    keys = tuple(make(n_parts, n_keyed, n_2) for make in (floats, ints, floats))
-    halves = 2 if rows * ids > TILE_ROWS * 128 else 1  # bounds the memory of tiles
-    tiles = floats(row_tiles * n_parts, rows, ids // halves)
-    bulk = bool(wants_bulk) and _has_bulk_loads(chip, x, weight)
+    winners = (floats(work.shares, n_rows, k_2), ints(work.shares, n_rows, k_2))
+    sums = floats(work.shares, n_rows, N_SUMS)
+    keys = tuple(make(work.shares, n_keyed, n_2) for make in (floats, ints, floats))
+    width = tile_width(config)
+    tiles = floats(work.programs, rows, width)
+    bulk = bool(wants_bulk)
     launch(
         head_kernel,
-        (row_tiles * n_parts,),
+        (work.programs,),
         _described(x, [rows, columns], bulk), _described(weight, [ids, columns], bulk),
         norm_weight, _adjacent(scale), *_target_arguments(target, first_id),
         _adjacent(seed), _adjacent(step),
         *winners, sums, *keys, tiles,
         n_rows, n_ids, d, x.stride(0), weight.stride(0),
         0 if norm_weight is None else norm_weight.stride(0),
-        share, tile_rows, row_tiles, group_size, n_keyed, key_place, first_id, eps,
+        work.work, work.share, work.tile_rows, work.row_tiles,
+        group_size, n_keyed, key_place, first_id, eps,
         K=k, K2=k_2, N=n_best, N2=n_2, BB=min(rows, triton.next_power_of_2(max(1, n_keyed))),
-        BR=rows, BV=ids, BD=columns, BP=min(part, ids // halves), HALVES=halves,
+        BR=rows, BV=ids, BD=columns, BP=min(part, width), HALVES=ids // width,
         EVEN_D=d % columns == 0, BULK=bulk, NORMED=norm_weight is None, SCALED=scale is not None,
         TARGET=target is not None, GROUPED=group_size > 1, NOISE=n_keyed > 0,
-        PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
+        PRECISION=dot_precision(x.dtype),
         num_warps=config.warps, num_stages=config.stages, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     launch(
@@ -179,8 +142,8 @@ def _run(
         (n_rows,),
         *winners, sums, *keys,
         *vars(out).values(),
-        n_rows, n_keyed, n_parts, group_size, first_id,
-        K=k, K2=k_2, N=n_best, N2=n_2, S2=triton.next_power_of_2(n_parts), NOISE=n_keyed > 0,
+        n_rows, n_keyed, work.shares, group_size, first_id,
+        K=k, K2=k_2, N=n_best, N2=n_2, S2=triton.next_power_of_2(work.shares), NOISE=n_keyed > 0,
         num_warps=2, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
 
@@ -238,7 +201,7 @@ def _forward(
     norm_weight: Tensor | None,
     eps: float,
 ) -> HeadStats:
-    if not use_triton(x) or k > MOST_K or x.dtype != weight.dtype or x.dtype == torch.float64:
+    if not runs_kernel(x, weight, k):
         x = x if norm_weight is None else rmsnorm_reference(x, norm_weight, eps)
         return head_stats_reference(
             x, weight, k=k, first_id=first_id, scale=scale, target=target,

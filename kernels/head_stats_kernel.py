@@ -1,8 +1,9 @@
 """The head's statistics as Triton kernels: no tensor of logits exists, not even of one block.
 
-Every program takes one tile of rows and one share of the slice's ids. It walks the share tile by
-tile: z = x · Wᵀ in float32, then the running statistics of `head_stats_reference`, and z is gone.
-A second kernel merges the shares. Legend: BR rows and BV ids of a tile, BD columns of x and W per
+A piece of work is one tile of rows and one share of the slice's ids; as many programs as run at
+once each do one piece after another (see `head_cut.py`). A piece walks its share tile by tile:
+z = x · Wᵀ in float32, then the running statistics of `head_stats_reference`, and z is gone. A
+second kernel merges the shares. Legend: BR rows and BV ids of a tile, BD columns of x and W per
 step of the product, BP ids of a part that is looked at, S shares.
 
 Winners are kept unsorted, in memory that the caches hold. A part costs one comparison of its row
@@ -16,12 +17,20 @@ reference row is read from the tile.
 
 from __future__ import annotations
 
+import torch
+
+from .exact import inverse_rms
 from .language import tl, triton
 
 _NO_ID = tl.constexpr(2**31 - 1)
 # Sums of a row over a share, in the order in which the main kernel writes them.
 N_SUMS = 6
 _N_SUMS = tl.constexpr(N_SUMS)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: float32 as three products of tf32, which lose no digits of it."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 @triton.jit
@@ -138,146 +147,149 @@ def head_kernel(
     key_values, key_ids, key_logits,  # [S, B, N2]
     tiles,  # [programs, BR, BV // HALVES]
     n_rows, n_ids, d, x_stride, w_stride, norm_stride,
-    share, tile_rows, row_tiles, group_size, n_keyed, key_place, first_id, eps,
+    n_work, share, tile_rows, row_tiles, group_size, n_keyed, key_place, first_id, eps,
     K: tl.constexpr, K2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr, BB: tl.constexpr,
     BR: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, HALVES: tl.constexpr,
     EVEN_D: tl.constexpr, BULK: tl.constexpr, NORMED: tl.constexpr, SCALED: tl.constexpr,
     TARGET: tl.constexpr, GROUPED: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, part = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
-    first_row = tile * tile_rows
-    slot = tl.arange(0, BR)
-    row = first_row + slot
-    inside = (slot < tile_rows) & (row < n_rows)
-    row = tl.minimum(row, n_rows - 1).to(tl.int64)
-    start, stop = part * share, tl.minimum(n_ids, (part + 1) * share)
-    WIDTH: tl.constexpr = BV // HALVES
-    own_tile = tiles + tl.program_id(0).to(tl.int64) * BR * WIDTH
-    out = part.to(tl.int64) * n_rows + row
-    kept = out[:, None] * K2 + tl.arange(0, K2)[None, :]
-    _write_no_winners(part_values + kept, part_ids + kept, inside, BR, K, K2)
-    reference = tl.minimum(slot // group_size * group_size + group_size - 1, BR - 1)
+    for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
+        tile, part = work % row_tiles, work // row_tiles
+        first_row = tile * tile_rows
+        slot = tl.arange(0, BR)
+        row = first_row + slot
+        inside = (slot < tile_rows) & (row < n_rows)
+        row = tl.minimum(row, n_rows - 1).to(tl.int64)
+        start, stop = part * share, tl.minimum(n_ids, (part + 1) * share)
+        WIDTH: tl.constexpr = BV // HALVES
+        own_tile = tiles + tl.program_id(0).to(tl.int64) * BR * WIDTH
+        out = part.to(tl.int64) * n_rows + row
+        kept = out[:, None] * K2 + tl.arange(0, K2)[None, :]
+        _write_no_winners(part_values + kept, part_ids + kept, inside, BR, K, K2)
+        reference = tl.minimum(slot // group_size * group_size + group_size - 1, BR - 1)
 
-    factor = tl.full([BR], 1.0, tl.float32)
-    if not NORMED:
-        squares = tl.zeros([BR], tl.float32)
-        for at in range(0, d, BD):
-            column = at + tl.arange(0, BD)
-            if BULK:
-                a = x.load([first_row, at]).to(tl.float32)
-            else:
-                at_x = x + row[:, None] * x_stride + column[None, :]
-                in_d = (column < d)[None, :]
-                a = tl.load(at_x, mask=in_d & inside[:, None], other=0).to(tl.float32)
-            squares += tl.sum(a * a, 1)
-        factor = 1 / tl.sqrt(squares / d + eps)
-    if SCALED:
-        factor *= tl.load(scale + row)
-    if NOISE:
-        keyed = tl.arange(0, BB)
-        is_keyed = keyed < n_keyed
-        keyed_slot = tl.minimum(keyed * group_size + key_place, BR - 1)
-        kept_key = (part.to(tl.int64) * n_keyed + keyed)[:, None] * N2 + tl.arange(0, N2)[None, :]
-        _write_no_winners(key_values + kept_key, key_ids + kept_key, is_keyed, BB, N, N2)
-        worst_key = tl.full([BB], float("-inf"), tl.float32)
-
-    m = tl.full([BR], float("-inf"), tl.float32)
-    sum_exp = tl.zeros([BR], tl.float32)
-    sum_dev, above, cross, logit = sum_exp, sum_exp, sum_exp, sum_exp
-    worst = tl.where(inside, m, float("inf"))
-    for begin in range(start, stop, BV):
-        id_ = tl.minimum(begin + tl.arange(0, BV), stop - 1).to(tl.int64)
-        acc = tl.zeros([BR, BV], tl.float32)
-        for at in range(0, d, BD):
-            column = at + tl.arange(0, BD)
-            if BULK:
-                a = x.load([first_row, at])
-                b = w.load([begin, at])
-            else:
-                at_x = x + row[:, None] * x_stride + column[None, :]
-                at_w = w + id_[:, None] * w_stride + column[None, :]
-                if EVEN_D:
-                    a = tl.load(at_x, mask=inside[:, None], other=0)
-                    b = tl.load(at_w)
+        factor = tl.full([BR], 1.0, tl.float32)
+        if not NORMED:
+            squares = tl.zeros([BR], tl.float32)
+            for at in range(0, d, BD):
+                column = at + tl.arange(0, BD)
+                if BULK:
+                    a = x.load([first_row, at]).to(tl.float32)
                 else:
+                    at_x = x + row[:, None] * x_stride + column[None, :]
                     in_d = (column < d)[None, :]
-                    a = tl.load(at_x, mask=inside[:, None] & in_d, other=0)
-                    b = tl.load(at_w, mask=in_d, other=0)
-            if not NORMED:
-                weights = tl.load(norm_weight + column * norm_stride, mask=column < d, other=0)
-                a = (a.to(tl.float32) * weights.to(tl.float32)[None, :]).to(a.dtype)
-            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-        # The tile goes through memory that the caches hold and is looked at in narrow parts: with
-        # all that is asked of it, it does not fit the registers.
-        for half in tl.static_range(HALVES):
-            if HALVES == 1:
-                tile_half = acc
-            else:
-                halves = tl.permute(tl.reshape(acc, [BR, 2, WIDTH]), [0, 2, 1])
-                left, right = tl.split(halves)
-                tile_half = left if half == 0 else right
-            tl.debug_barrier()
-            tl.store(own_tile + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], tile_half)
-            tl.debug_barrier()
-            for at in range(0, WIDTH, BP):
-                place = at + tl.arange(0, BP)
-                column_id = begin + half * WIDTH + place
-                valid = (column_id < stop)[None, :]
-                z = tl.load(own_tile + slot[:, None] * WIDTH + place[None, :]) * factor[:, None]
-                z = tl.where(valid, z, float("-inf"))
-                new_m = tl.maximum(m, tl.max(z, 1))
-                base = tl.where(new_m == float("-inf"), 0.0, new_m)  # as long as all are -inf
-                shift = m - base
-                decay = tl.exp(shift)
-                sum_dev = tl.where(sum_exp > 0, sum_dev + shift * sum_exp, 0.0) * decay
-                if GROUPED:
-                    z_ref = tl.load(own_tile + reference[:, None] * WIDTH + place[None, :])
-                    z_ref *= tl.gather(factor, reference, 0)[:, None]
-                    weight = tl.exp(z_ref - tl.gather(base, reference, 0)[:, None])
-                    gap = tl.where(valid & (weight != 0), weight * (z_ref - z), 0.0)
-                    cross = cross * tl.gather(decay, reference, 0) + tl.sum(gap, 1)
-                dev = z - base[:, None]
-                exp = tl.exp(dev)
-                sum_exp = sum_exp * decay + tl.sum(exp, 1)
-                sum_dev += tl.sum(tl.where(exp == 0, 0.0, exp * dev), 1)
-                m = new_m
-                if TARGET:
-                    target = tl.load(target_ids + row)[:, None]
-                    low, high = tl.load(target_low + row), tl.load(target_high + row)
-                    is_target = column_id[None, :] == target
-                    tied_before = (z >= low[:, None]) & (column_id[None, :] < target)
-                    beats = ((z > high[:, None]) | tied_before) & (is_target == 0) & valid
-                    above += tl.sum(beats.to(tl.float32), 1)
-                    logit += tl.sum(tl.where(is_target & valid, z, 0.0), 1)
-                if NOISE:
-                    z_keyed = tl.load(own_tile + keyed_slot[:, None] * WIDTH + place[None, :])
-                    z_keyed *= tl.gather(factor, keyed_slot, 0)[:, None]
-                    seeds = tl.load(seed + keyed, mask=is_keyed, other=0)
-                    steps = tl.load(step + keyed, mask=is_keyed, other=0)
-                    noise = _gumbel(seeds, steps, first_id + column_id.to(tl.int64))
-                    keys = tl.where(valid & is_keyed[:, None], z_keyed + noise, float("-inf"))
-                    worst_key = _keep_best(
-                        keys, z_keyed, worst_key, column_id, key_values + kept_key,
-                        key_ids + kept_key, key_logits + kept_key, is_keyed, True,
-                    )  # fmt: skip
-                worst = _keep_best(
-                    z, z, worst, column_id, part_values + kept, part_ids + kept, part_values,
-                    inside, False,
-                )  # fmt: skip
+                    a = tl.load(at_x, mask=in_d & inside[:, None], other=0).to(tl.float32)
+                squares += tl.sum(a * a, 1)
+            factor = inverse_rms(squares, d, eps)
+        if SCALED:
+            factor *= tl.load(scale + row)
+        if NOISE:
+            keyed = tl.arange(0, BB)
+            is_keyed = keyed < n_keyed
+            keyed_slot = tl.minimum(keyed * group_size + key_place, BR - 1)
+            kept_key = (part.to(tl.int64) * n_keyed + keyed)[:, None] * N2 + tl.arange(0, N2)[
+                None, :
+            ]
+            _write_no_winners(key_values + kept_key, key_ids + kept_key, is_keyed, BB, N, N2)
+            worst_key = tl.full([BB], float("-inf"), tl.float32)
 
-    sums = part_sums + out * _N_SUMS
-    tl.store(sums, m, mask=inside)
-    tl.store(sums + 1, sum_exp, mask=inside)
-    tl.store(sums + 2, sum_dev, mask=inside)
-    tl.store(sums + 3, above, mask=inside)
-    tl.store(sums + 4, cross, mask=inside)
-    tl.store(sums + 5, logit, mask=inside)
-    _sort_winners(part_values + kept, part_ids + kept, part_values, inside, K, K2, False)
-    if NOISE:
-        _sort_winners(
-            key_values + kept_key, key_ids + kept_key, key_logits + kept_key,
-            is_keyed, N, N2, True,
-        )  # fmt: skip
+        m = tl.full([BR], float("-inf"), tl.float32)
+        sum_exp = tl.zeros([BR], tl.float32)
+        sum_dev, above, cross, logit = sum_exp, sum_exp, sum_exp, sum_exp
+        worst = tl.where(inside, m, float("inf"))
+        for begin in range(start, stop, BV):
+            id_ = tl.minimum(begin + tl.arange(0, BV), stop - 1).to(tl.int64)
+            acc = tl.zeros([BR, BV], tl.float32)
+            for at in range(0, d, BD):
+                column = at + tl.arange(0, BD)
+                if BULK:
+                    a = x.load([first_row, at])
+                    b = w.load([begin, at])
+                else:
+                    at_x = x + row[:, None] * x_stride + column[None, :]
+                    at_w = w + id_[:, None] * w_stride + column[None, :]
+                    if EVEN_D:
+                        a = tl.load(at_x, mask=inside[:, None], other=0)
+                        b = tl.load(at_w)
+                    else:
+                        in_d = (column < d)[None, :]
+                        a = tl.load(at_x, mask=inside[:, None] & in_d, other=0)
+                        b = tl.load(at_w, mask=in_d, other=0)
+                if not NORMED:
+                    weights = tl.load(norm_weight + column * norm_stride, mask=column < d, other=0)
+                    a = (a.to(tl.float32) * weights.to(tl.float32)[None, :]).to(a.dtype)
+                acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+            # The tile goes through memory that the caches hold and is looked at in narrow parts:
+            # with all that is asked of it, it does not fit the registers.
+            for half in tl.static_range(HALVES):
+                if HALVES == 1:
+                    tile_half = acc
+                else:
+                    halves = tl.permute(tl.reshape(acc, [BR, 2, WIDTH]), [0, 2, 1])
+                    left, right = tl.split(halves)
+                    tile_half = left if half == 0 else right
+                tl.debug_barrier()
+                tl.store(own_tile + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], tile_half)
+                tl.debug_barrier()
+                for at in range(0, WIDTH, BP):
+                    place = at + tl.arange(0, BP)
+                    column_id = begin + half * WIDTH + place
+                    valid = (column_id < stop)[None, :]
+                    z = tl.load(own_tile + slot[:, None] * WIDTH + place[None, :]) * factor[:, None]
+                    z = tl.where(valid, z, float("-inf"))
+                    new_m = tl.maximum(m, tl.max(z, 1))
+                    base = tl.where(new_m == float("-inf"), 0.0, new_m)  # as long as all are -inf
+                    shift = m - base
+                    decay = tl.exp(shift)
+                    sum_dev = tl.where(sum_exp > 0, sum_dev + shift * sum_exp, 0.0) * decay
+                    if GROUPED:
+                        z_ref = tl.load(own_tile + reference[:, None] * WIDTH + place[None, :])
+                        z_ref *= tl.gather(factor, reference, 0)[:, None]
+                        weight = tl.exp(z_ref - tl.gather(base, reference, 0)[:, None])
+                        gap = tl.where(valid & (weight != 0), weight * (z_ref - z), 0.0)
+                        cross = cross * tl.gather(decay, reference, 0) + tl.sum(gap, 1)
+                    dev = z - base[:, None]
+                    exp = tl.exp(dev)
+                    sum_exp = sum_exp * decay + tl.sum(exp, 1)
+                    sum_dev += tl.sum(tl.where(exp == 0, 0.0, exp * dev), 1)
+                    m = new_m
+                    if TARGET:
+                        target = tl.load(target_ids + row)[:, None]
+                        low, high = tl.load(target_low + row), tl.load(target_high + row)
+                        is_target = column_id[None, :] == target
+                        tied_before = (z >= low[:, None]) & (column_id[None, :] < target)
+                        beats = ((z > high[:, None]) | tied_before) & (is_target == 0) & valid
+                        above += tl.sum(beats.to(tl.float32), 1)
+                        logit += tl.sum(tl.where(is_target & valid, z, 0.0), 1)
+                    if NOISE:
+                        z_keyed = tl.load(own_tile + keyed_slot[:, None] * WIDTH + place[None, :])
+                        z_keyed *= tl.gather(factor, keyed_slot, 0)[:, None]
+                        seeds = tl.load(seed + keyed, mask=is_keyed, other=0)
+                        steps = tl.load(step + keyed, mask=is_keyed, other=0)
+                        noise = _gumbel(seeds, steps, first_id + column_id.to(tl.int64))
+                        keys = tl.where(valid & is_keyed[:, None], z_keyed + noise, float("-inf"))
+                        worst_key = _keep_best(
+                            keys, z_keyed, worst_key, column_id, key_values + kept_key,
+                            key_ids + kept_key, key_logits + kept_key, is_keyed, True,
+                        )  # fmt: skip
+                    worst = _keep_best(
+                        z, z, worst, column_id, part_values + kept, part_ids + kept, part_values,
+                        inside, False,
+                    )  # fmt: skip
+
+        sums = part_sums + out * _N_SUMS
+        tl.store(sums, m, mask=inside)
+        tl.store(sums + 1, sum_exp, mask=inside)
+        tl.store(sums + 2, sum_dev, mask=inside)
+        tl.store(sums + 3, above, mask=inside)
+        tl.store(sums + 4, cross, mask=inside)
+        tl.store(sums + 5, logit, mask=inside)
+        _sort_winners(part_values + kept, part_ids + kept, part_values, inside, K, K2, False)
+        if NOISE:
+            _sort_winners(
+                key_values + kept_key, key_ids + kept_key, key_logits + kept_key,
+                is_keyed, N, N2, True,
+            )  # fmt: skip
 
 
 @triton.jit

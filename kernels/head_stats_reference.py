@@ -43,8 +43,9 @@ EPS = torch.finfo(torch.float32).eps
 class Target:
     """Per row: the id whose rank is asked, -1 for none, and its logit.
 
-    The logit is a product of its own, which rounds differently from the streamed ones: ids
-    within `slack` of it count as tied with it, so that equal rows of W do tie.
+    The logit comes from `target_logits`. Where that rounds differently from the streamed logits,
+    ids within `slack` of it count as tied with it, so that equal rows of W do tie; where it has
+    their bits, the slack is 0.
     """
 
     ids: Tensor  # [R] int64
@@ -322,25 +323,6 @@ def _columns_of_best_spans(z: Tensor, k: int) -> Tensor:
     columns = best[..., None] * SPAN + torch.arange(SPAN, device=z.device)
     rest = torch.arange(n_spans * SPAN, z.shape[1], device=z.device)
     return torch.cat((columns.flatten(1), rest.expand(z.shape[0], -1)), 1)
-
-
-def target_logits_reference(
-    x: Tensor, weight: Tensor, target_ids: Tensor, *, first_id: int = 0, row_block: int = ROW_BLOCK
-) -> Tensor:
-    """Logit and slack of each row's target, [R, 2] float32; 0 where the slice lacks it (to sum).
-
-    The slack is 4 eps · Σ |x_i w_i|: two float32 sums of the same d products differ by less.
-    """
-    local = target_ids - first_id
-    mine = (local >= 0) & (local < weight.shape[0])
-    out = torch.zeros(x.shape[0], 2, dtype=torch.float32, device=x.device)
-    for start in range(0, x.shape[0] if weight.shape[0] else 0, row_block):
-        rows = slice(start, start + row_block)
-        picked = weight[local[rows].where(mine[rows], 0)]  # [r, d]
-        products = x[rows].float() * picked.float()
-        logit, slack = products.sum(-1), products.abs().sum(-1) * (4 * EPS)
-        out[rows] = torch.stack((logit, slack), -1) * mine[rows, None]
-    return out
 
 
 def mass_above_reference(

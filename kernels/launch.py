@@ -1,9 +1,9 @@
 """How kernels are started: on their tensors' device, with a configuration that suits the chip.
 
-Tuning is bounded: a launcher offers a short list of configurations, the first call of a kind
-times them, and the choice is kept for the process. Nothing is timed while a CUDA graph is being
-captured, nor where results must be the same to the bit on every rank (norms): those take
-the first configuration.
+What a chip holds is asked of the device. Tuning is bounded: a launcher offers a short list of
+configurations, the first call of a kind times them on the device alone, and the choice is kept
+for the process. Nothing is timed while a CUDA graph is being captured, and only configurations
+that give the same bits are offered together: a timing must never decide what a model says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,14 +20,50 @@ from torch import Tensor
 from .language import triton
 
 TIMED_RUNS = 5
+# Device cycles to sleep while the host launches what is timed: about a millisecond, then more.
+SLEEP_CYCLES, MOST_SLEEP_CYCLES = 2**21, 2**31
+# Shared memory that one program may take, by compute capability (CUDA programming guide, table of
+# technical specifications): for chips that are only pretended. A processor has RESERVED_BYTES
+# more, and takes as much for each program that it holds.
+PUBLISHED_SHARED_KIB = {
+    80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99,
+}  # fmt: skip
+LEAST_SHARED_KIB = 99
+RESERVED_BYTES = 1024
+# Columns of 16-bit numbers whose products a tensor core adds to the accumulator at a time,
+# truncating the sum; of tf32, half as many.
+TENSOR_CORE_COLUMNS = 16
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What a launcher must know of a GPU: 10 * compute capability, and how many processors."""
+    """What a launcher must know of a GPU.
+
+    capability: 10 * compute capability. shared_bytes: what one program may take of a processor's
+    shared memory; by default what is published for the capability.
+    """
 
     capability: int
     processors: int
+    shared_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.shared_bytes:
+            kib = PUBLISHED_SHARED_KIB.get(self.capability, LEAST_SHARED_KIB)
+            object.__setattr__(self, "shared_bytes", 1024 * kib)
+
+    @property
+    def has_wide_products(self) -> bool:
+        """Whether warp groups multiply from shared memory, which leaves registers free (9.x to
+        11.x: Hopper and the Blackwells of data centres, which also have bulk tensor loads).
+        """
+        return 90 <= self.capability < 120
+
+    def resident(self, program_bytes: int) -> int:
+        """How many programs of so much shared memory a processor holds at once; 0: not even one."""
+        if program_bytes > self.shared_bytes:
+            return 0
+        return (self.shared_bytes + RESERVED_BYTES) // (program_bytes + RESERVED_BYTES)
 
 
 @dataclass(frozen=True)
@@ -41,7 +77,7 @@ class Config:
 
 OnLaunch = Callable[..., None]
 _pretended: tuple[Chip, OnLaunch] | None = None
-_chosen: dict[Hashable, Config] = {}
+_chosen: dict[tuple[Hashable, torch.device], Config] = {}
 
 
 def chip_of(device: torch.device) -> Chip:
@@ -51,10 +87,20 @@ def chip_of(device: torch.device) -> Chip:
 
 
 @lru_cache
-def fewest_parts(tiles: int, most: int, places: int, good: float) -> int:
-    """The fewest parts a tile, up to `most`, with which all programs fill waves of `places`.
+def _cuda_chip(device: torch.device) -> Chip:
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+    )
 
-    Good enough is that share of the best fill there is.
+
+@lru_cache
+def fewest_parts(tiles: int, most: int, places: int, good: float) -> int:
+    """The fewest parts per tile, up to `most`, whose programs fill waves of `places` well.
+
+    That is, at least to the share `good` of the best fill that any number of parts reaches.
     """
 
     def fill(parts: int) -> float:
@@ -65,10 +111,15 @@ def fewest_parts(tiles: int, most: int, places: int, good: float) -> int:
     return next(parts for parts in range(1, most + 1) if fill(parts) >= enough)
 
 
-@lru_cache
-def _cuda_chip(device: torch.device) -> Chip:
-    properties = torch.cuda.get_device_properties(device)
-    return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)
+def tensor_core_slack(d: int, dtype: torch.dtype = torch.bfloat16) -> float:
+    """What sums of d products lose on tensor cores, as a share of the largest result.
+
+    The accumulator is truncated, by half a unit in the last place on average, each time a few
+    columns are added to it: d / 16 · eps / 2 in bf16 and fp16, biased towards 0. A product of any
+    library that adds all its columns in one such chain loses as much.
+    """
+    columns = TENSOR_CORE_COLUMNS // (2 if dtype == torch.float32 else 1)
+    return d / columns * torch.finfo(torch.float32).eps / 2
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -89,32 +140,54 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 def choose(
     key: Hashable, device: torch.device, configs: Sequence[Config], run: Callable[[Config], None]
 ) -> Config:
-    """The fastest of `configs`, timed with `run` when `key` first comes on this device."""
+    """The fastest of `configs` on the device, timed with `run` when `key` first comes there.
+
+    The first of them where nothing can be timed: in a capture, and where every launch blocks.
+    """
     if _pretended is not None:
         for config in configs:
             run(config)
     if len(configs) == 1 or device.type != "cuda":
         return configs[0]
-    known = _chosen.get((key, device))
-    if known is None:
+    if (key, device) not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return configs[0]
-        known = min(configs, key=lambda config: _milliseconds(lambda: run(config)))
-        _chosen[key, device] = known
-    return known
+        times = {config: _device_ms(partial(run, config)) for config in configs}
+        known = {config: ms for config, ms in times.items() if ms is not None}
+        is_timed = len(known) == len(configs)
+        _chosen[key, device] = min(known, key=lambda c: known[c]) if is_timed else configs[0]
+    return _chosen[key, device]
 
 
-def _milliseconds(run: Callable[[], None]) -> float:
+def _device_ms(run: Callable[[], None]) -> float | None:
+    """The shortest of several runs on the device, whatever time the host takes to launch it.
+
+    The device is put to sleep first. A run counts only if the device still slept when the host
+    had launched all of it; else it sleeps longer. None where it never sleeps long enough.
+    """
     run()  # compiles
-    times = []
-    for _ in range(TIMED_RUNS):
+    times: list[float] = []
+    cycles = SLEEP_CYCLES
+    while len(times) < TIMED_RUNS:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)
         start.record()
         run()
         stop.record()
+        was_launched_in_time = not start.query()
         stop.synchronize()
-        times.append(start.elapsed_time(stop))
+        if was_launched_in_time:
+            times.append(start.elapsed_time(stop))
+        elif cycles >= MOST_SLEEP_CYCLES:
+            return None
+        else:
+            cycles *= 4
     return min(times)
+
+
+def chosen_configs() -> dict[str, str]:
+    """What was chosen by timing in this process: what for, and the configuration."""
+    return {f"{key} on {device}": str(config) for (key, device), config in _chosen.items()}
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .edits import Edits, edit_reference, edit_row, load_edit, table_arguments, table_row
+from .exact import inverse_rms
 from .language import tl, triton
 from .launch import block_and_warps, launch, rows_of, wide
 from .rmsnorm_steer_backward import rmsnorm_steer_backward
@@ -82,7 +83,7 @@ def _rmsnorm_steer_kernel(
             state = edit_row(state, v, mode, s).to(dtype).to(tl.float32)
     if WRITE_H:
         tl.store(h + row * h_stride + column, state.to(dtype), mask=inside)
-    rstd = 1 / tl.sqrt(tl.sum(state * state, 0) / d + eps)
+    rstd = inverse_rms(tl.sum(state * state, 0), d, eps)
     w = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
     out = (state * rstd).to(dtype).to(tl.float32) * w
     if AFTER:

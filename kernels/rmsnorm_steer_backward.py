@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .edits import Edits
 from .edits_backward import edit_backward
+from .exact import inverse_rms
 from .language import tl, triton
 from .launch import block_and_warps, chip_of, launch, rows_of, wide
 from .switch import use_triton
@@ -65,8 +66,8 @@ def _rmsnorm_backward_kernel(
             c = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
             c *= tl.load(dy + row * d + column, mask=inside, other=0).to(tl.float32)
             squares, products = squares + state * state, products + c * state
-        rstd = 1 / tl.sqrt(tl.sum(squares, 0) / d + eps)
-        mean = tl.sum(products, 0) * rstd / d
+        rstd = inverse_rms(tl.sum(squares, 0), d, eps)
+        mean = tl.div_rn(tl.sum(products, 0) * rstd, d * 1.0)
         for start in range(0, d, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < d

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .exact import inverse_rms
 from .language import tl, triton
 from .launch import launch
 from .rmsnorm_steer import rmsnorm_reference
@@ -53,7 +54,7 @@ def rope_qk_reference(
 @triton.jit
 def _normed(a, b, weight_a, weight_b, eps, D: tl.constexpr, dtype: tl.constexpr):
     """Both halves [heads, D/2] of heads, normalised over the whole of each."""
-    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
+    scale = inverse_rms(tl.sum(a * a, 1) + tl.sum(b * b, 1), D, eps)[:, None]
     a, b = (a * scale).to(dtype).to(tl.float32), (b * scale).to(dtype).to(tl.float32)
     return a * weight_a, b * weight_b
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .exact import sigmoid as exact_sigmoid
 from .language import tl, triton
 from .launch import launch, rows_of, wide
 from .switch import through_op, use_triton
@@ -41,7 +42,7 @@ def _swiglu_kernel(gate_up, y, f, in_stride, BLOCK: tl.constexpr):
     inside = column < f
     gate = tl.load(gate_up + row * in_stride + column, mask=inside, other=0).to(tl.float32)
     up = tl.load(gate_up + row * in_stride + f + column, mask=inside, other=0).to(tl.float32)
-    out = gate * tl.sigmoid(gate) * up
+    out = gate * exact_sigmoid(gate) * up
     tl.store(y + row * f + column, out.to(y.dtype.element_ty), mask=inside)
 
 
@@ -52,7 +53,7 @@ def _swiglu_backward_kernel(dy, gate_up, d_gate_up, f, dy_stride, in_stride, BLO
     grad = tl.load(dy + row * dy_stride + column, mask=inside, other=0).to(tl.float32)
     gate = tl.load(gate_up + row * in_stride + column, mask=inside, other=0).to(tl.float32)
     up = tl.load(gate_up + row * in_stride + f + column, mask=inside, other=0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
+    sigmoid = exact_sigmoid(gate)
     d_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
     d_up = grad * gate * sigmoid
     out = d_gate_up + row * 2 * f + column

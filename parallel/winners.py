@@ -27,8 +27,8 @@ from ..kernels.head_stats_reference import (
     Noise,
     Target,
     mass_above_reference,
-    target_logits_reference,
 )
+from ..kernels.target_logits import target_logits
 from .collectives import all_gather, all_reduce
 from .vocab import VocabHead
 
@@ -68,7 +68,7 @@ def reduce_head(
     """
     if not 1 <= k <= head.vocab.full:
         raise ValueError(f"top-k of {k} is outside 1 to {head.vocab.full}, the vocabulary's size")
-    target = None if target_ids is None else _target(x, head, target_ids, scale)
+    target = None if target_ids is None else _target(x, head, target_ids, scale, k)
     stats = head_stats(
         x,
         head.valid_weight,
@@ -111,10 +111,10 @@ def token_logits(x: Tensor, head: VocabHead, token_ids: Tensor) -> Tensor:
     return all_reduce((x.float() @ weight.T).where(is_mine, 0), head.parallel)
 
 
-def _target(x: Tensor, head: VocabHead, target_ids: Tensor, scale: Tensor | None) -> Target:
+def _target(x: Tensor, head: VocabHead, target_ids: Tensor, scale: Tensor | None, k: int) -> Target:
     # one outside the vocabulary counts as none: to refuse it, the host would have to wait
     target_ids = target_ids.where(target_ids < head.vocab.full, -1)
-    own = target_logits_reference(x, head.valid_weight, target_ids, first_id=head.vocab.start)
+    own = target_logits(x, head.valid_weight, target_ids, first_id=head.vocab.start, k=k)
     logits, slack = all_reduce(own, head.parallel).unbind(-1)
     if scale is not None:
         logits, slack = logits * scale, slack * scale

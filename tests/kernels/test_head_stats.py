@@ -14,9 +14,9 @@ from shardlens.kernels.head_stats_reference import (
     float_logits,
     head_stats_reference,
     mass_above_reference,
-    target_logits_reference,
 )
 from shardlens.kernels.rmsnorm_steer import rmsnorm_reference
+from shardlens.kernels.target_logits import target_logits_reference
 
 
 def stats_of(x: Tensor, weight: Tensor, **options: object) -> HeadStats:
