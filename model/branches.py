@@ -29,7 +29,7 @@ def shared_prefix(model: Transformer, token_ids: list[int]) -> KVCache:
     cache = model.new_cache(1, len(token_ids))
     ids = torch.tensor([token_ids], dtype=torch.int64, device=model.device)
     for chunk in ids.split(PREFILL_CHUNK, dim=1) if token_ids else ():
-        model(chunk, cache=cache)
+        model(chunk, cache=cache, start=cache.longest)
     return cache
 
 

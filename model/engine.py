@@ -6,11 +6,14 @@ targets, seeds and stop ids lie in the step's buffers, so changing them captures
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from ..kernels.head_stats import MOST_K
 from ..kernels.switch import use_triton
+from .graphs import CaptureFailed, captured
 from .limits import batch_bucket, cache_capacity
 from .step import DecodeStep, StepShape
 from .transformer import Transformer
@@ -69,9 +72,21 @@ class EngineStep:
         self._capturable = capture and is_capturable(step)
 
     def prepare(self) -> None:
-        """Capture the step, if it can and was not. What its buffers held is lost."""
-        if self._capturable and self.graph is None:
+        """Capture the step, if it can be and was not. What its buffers held is lost.
+
+        A step that can run, but not be captured, stays eager from then on, with one warning.
+        """
+        if not self._capturable or self.graph is not None:
+            return
+        try:
             self._capture()
+        except CaptureFailed as failed:
+            self._capturable = False
+            warnings.warn(
+                f"the decode step cannot be captured as a CUDA graph ({failed}): it runs eagerly, "
+                "which is slower. Turn capture off (capture=False, --eager) to silence this.",
+                stacklevel=2,
+            )
 
     def run(self) -> None:
         if self.graph is None:
@@ -83,23 +98,26 @@ class EngineStep:
     def _capture(self) -> None:
         """Record one run. Collectives are recorded too, and so are counted at every replay."""
         step, traffic = self.step, self.step.model.parallel.traffic
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+
+        def warm_up() -> None:
             for _ in range(WARM_UP_RUNS):  # compiles, and tunes at the cache's full length
                 self._as_if_full()
                 step.run()
-        torch.cuda.current_stream().wait_stream(side)
-        self._as_if_full()
-        before = traffic.copy()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step.run()
-        self._traffic = traffic.since(before)
-        self.graph = graph
+            self._as_if_full()
+
+        def run() -> None:
+            before = traffic.copy()
+            try:
+                step.run()
+            finally:  # nothing is sent yet
+                self._traffic = traffic.since(before)
+                traffic.reset()
+                traffic.add_all(before)
+
+        self.graph = captured(step.tokens.device, warm_up, run)
 
     def _as_if_full(self) -> None:
-        """Positions at the cache's end: the attention of a captured step must span all of it."""
+        """Positions at the cache's end: a captured step serves every length up to it."""
         cache = self.step.cache
         cache.longest = cache.capacity - 1
         cache.lengths.fill_(cache.capacity - 1)

@@ -24,6 +24,7 @@ from .limits import (
     RING_TOKENS,
     ROW_SCALARS,
     batch_bucket,
+    rounded_up,
 )
 from .sharding import placements, rank_spans
 
@@ -36,12 +37,16 @@ DeviceType = Literal["cuda", "cpu"]
 HEAD_ROWS = 512
 HEAD_LOGITS = 2**18
 WIDENED_IDS = 2048
-HEAD_TILE_ROWS = 128
-HEAD_PROGRAMS = 132
-HEAD_TILE_BYTES = 64 * 1024  # that a program of the kernel keeps its logits in
+# On CUDA at most, see kernels/head_cut.py: programs and the tile of logits of each, of whose rows
+# there are more the more are asked for, and shares of the vocabulary that each row has winners of.
+HEAD_TILE_ROWS, HEAD_LEAST_ROWS = 128, 16
+HEAD_PROGRAMS, HEAD_MOST_SHARES = 296, 48
+HEAD_ROW_BYTES, HEAD_TILE_BYTES = 512, 32 * 1024
 LOGITS_COPIES = 2.5  # of a block's logits in the reference: themselves, a sum's copy, masks
 ATTENTION_BUFFER_BYTES = 2**17  # of PyTorch's attention on a CPU, on two threads
 MERGED_BYTES = 400  # of a row while the winners of all ranks are merged, in float64
+CUDA_CONTEXT_BYTES = 2**30  # the context itself, and what NCCL keeps
+CUBLAS_WORKSPACE_BYTES = 2**25  # PyTorch's choice on Hopper and Blackwell, the largest
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Workload:
     device_type: DeviceType
     deferred: bool
     reads_prompt: bool  # whether the lens reads more of a prompt than its last position
+    captured: bool  # whether decode steps are CUDA graphs
 
     @property
     def dtype_bytes(self) -> int:
@@ -152,15 +158,17 @@ def captured_bytes(share: Share, work: Workload) -> int:
 
 
 def reading_bytes(share: Share, work: Workload, ranks: int) -> int:
-    """The larger of a prompt's reading by the lens and a decode step's own.
-
-    A norm comes first; then, beside the normed rows, first the targets' logits, then the winners.
-    """
+    """The larger of a prompt's reading by the lens and a decode step's own."""
     positions = work.batch * chunk_tokens(work) if work.reads_prompt else 0
     prompt_rows = min(DECODED_POSITIONS, positions) * work.taps
     ring_rows = DECODED_POSITIONS * work.taps if work.deferred else 0
-    step_rows = work.bucket * (work.taps + 1)
-    rows = max(prompt_rows, ring_rows, step_rows)
+    return rows_reading_bytes(share, work, max(prompt_rows, ring_rows, work.head_rows), ranks)
+
+
+def rows_reading_bytes(share: Share, work: Workload, rows: int, ranks: int) -> int:
+    """A norm comes first; then, beside the normed rows, first the targets' logits, then the
+    winners.
+    """
     normed = rows * share.d * work.dtype_bytes
     after = max(target_bytes(share, work, rows), head_bytes(share, work, rows, ranks))
     return max(norm_bytes(share, work, rows), normed + after)
@@ -185,8 +193,10 @@ def head_bytes(share: Share, work: Workload, rows: int, ranks: int) -> int:
     """Logits of a block on a CPU, of the programs' tiles on CUDA; winners and their merging."""
     merged = rows * (MERGED_BYTES + ranks * work.winner_bytes)
     if work.device_type == "cuda":
-        tiles = -(-rows // HEAD_TILE_ROWS)
-        return HEAD_PROGRAMS * (tiles * HEAD_TILE_BYTES + rows * work.winner_bytes) + merged
+        tile_bytes = min(HEAD_TILE_BYTES, HEAD_ROW_BYTES * rounded_up(rows, HEAD_LEAST_ROWS))
+        shares = max(HEAD_MOST_SHARES, HEAD_PROGRAMS // -(-rows // HEAD_TILE_ROWS))
+        kept = 8 * rounded_up(work.top_k) + 24
+        return HEAD_PROGRAMS * tile_bytes + shares * rows * kept + merged
     block = min(rows, HEAD_ROWS)
     ids = min(share.vocab, max(1, HEAD_LOGITS // block))
     if work.dtype_bytes == 4:
@@ -199,28 +209,44 @@ def head_bytes(share: Share, work: Workload, rows: int, ranks: int) -> int:
 
 def prefill_bytes(share: Share, work: Workload) -> int:
     """The larger of a block's two halves."""
-    return max(attention_bytes(share, work), mlp_bytes(share, work))
-
-
-def mlp_bytes(share: Share, work: Workload) -> int:
-    """Five states of the residual stream; gate and up [N, 2f] and what becomes of them."""
     rows = work.batch * chunk_tokens(work)
+    return max(attention_bytes(share, work), mlp_bytes(share, work, rows))
+
+
+def mlp_bytes(share: Share, work: Workload, rows: int) -> int:
+    """Five states of the residual stream; gate and up [N, 2f] and what becomes of them."""
     of_gate_and_up = 3 if work.device_type == "cuda" else 4
     return rows * (5 * share.d + of_gate_and_up * share.ffn) * work.dtype_bytes
 
 
 def attention_bytes(share: Share, work: Workload) -> int:
     """Four states of the residual stream; q, k, v fused, q rotated, what comes of q and its copy;
-    which positions are seen [N, S], as bool and as numbers; on CUDA, where no fused kernel takes
-    that mask, scores [N, H, S] in float32.
+    on CUDA the scores' log-sum-exp [N, H] in float32; on a CPU, where a chunk that is not the first
+    needs a mask, which positions are seen [T, S], as bool and as numbers.
     """
     chunk = chunk_tokens(work)
     rows, span = work.batch * chunk, max(chunk, work.prompt // chunk * chunk)
-    states = rows * (4 * share.d + 4 * share.q_width + 2 * share.kv_width)
-    seen = rows * span * (1 + work.dtype_bytes)
-    on_cuda = work.device_type == "cuda"
-    inner = 4 * rows * span * share.heads if on_cuda else ATTENTION_BUFFER_BYTES
-    return states * work.dtype_bytes + seen + inner
+    states = rows * (4 * share.d + 4 * share.q_width + 2 * share.kv_width) * work.dtype_bytes
+    if work.device_type == "cuda":
+        return states + 4 * rows * share.heads
+    seen = chunk * span * (1 + work.dtype_bytes) if span > chunk else 0
+    return states + seen + ATTENTION_BUFFER_BYTES
+
+
+def graph_bytes(share: Share, work: Workload, ranks: int) -> int:
+    """What a captured step holds for itself: a workspace of cuBLAS, and its temporaries at their
+    most, in an MLP or while it reads the head.
+    """
+    if not work.captured:
+        return 0
+    block = mlp_bytes(share, work, work.bucket)
+    reading = rows_reading_bytes(share, work, work.head_rows, ranks)
+    return CUBLAS_WORKSPACE_BYTES + max(block, reading)
+
+
+def runtime_bytes(work: Workload) -> int:
+    """What CUDA takes before there is any tensor, and the workspace of products outside graphs."""
+    return CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES if work.device_type == "cuda" else 0
 
 
 def kept_bytes(work: Workload) -> int:

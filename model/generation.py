@@ -191,6 +191,7 @@ class _Run:
                 torch.tensor(padded, device=self.model.device),
                 cache=cache,
                 counts=torch.tensor(counts, device=self.model.device),
+                start=start,
                 access=capture or NO_ACCESS,
                 edits=edits,
             )

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
-CUDA_RUNTIME_BYTES = GIB  # the context, and workspaces of cuBLAS and NCCL
 
 
 class Gpu(NamedTuple):
@@ -52,7 +51,8 @@ class Plan:
     """Memory of the fullest rank, and what one decode step of the batch moves, sends, computes.
 
     lens_workspace_bytes: states on their way to the lens, and a reading of the head, which
-    sampling needs too. prefill_bytes: what a prefill chunk takes beyond a reading.
+    sampling needs too. prefill_bytes: what a prefill chunk takes beyond a reading. graph_bytes:
+    what a captured decode step holds on to, and nothing else can use.
     """
 
     config: ModelConfig
@@ -63,6 +63,7 @@ class Plan:
     taps_bytes: int
     lens_workspace_bytes: int
     prefill_bytes: int
+    graph_bytes: int
     runtime_bytes: int
     moved_bytes_per_token: int
     sent_bytes_per_token: int
@@ -78,6 +79,7 @@ class Plan:
             "taps": self.taps_bytes,
             "lens": self.lens_workspace_bytes,
             "prefill": self.prefill_bytes,
+            "graph": self.graph_bytes,
             "runtime": self.runtime_bytes,
         }
 
@@ -109,6 +111,7 @@ def plan(
     deferred: bool = False,
     prompt: int | None = None,
     reads_prompt: bool = True,
+    capture: bool = True,
 ) -> Plan:
     """What each of `ranks` ranks needs to run `batch` requests of `context` positions each.
 
@@ -116,6 +119,7 @@ def plan(
     resid_post is among them (it is decoded in any case). dtype: a name, default the config's.
     deferred: the lens decodes the states of RING_TOKENS steps together. prompt: how many of the
     positions are fed at the start, default all; reads_prompt: whether the lens reads them.
+    capture: whether decode steps are captured as CUDA graphs, where there is CUDA.
     Raises ValueError for ranks that cannot share the model, and for more context than it has.
     """
     dtype = config.dtype_name if dtype is None else dtype
@@ -132,6 +136,7 @@ def plan(
         device_type=device_type,
         deferred=deferred,
         reads_prompt=reads_prompt,
+        captured=capture and device_type == "cuda",
     )
     return _planned(config, ranks, workload)
 
@@ -166,7 +171,8 @@ def _planned(config: ModelConfig, ranks: int, work: Workload) -> Plan:
         taps_bytes=footprint.taps_bytes(share, work),
         lens_workspace_bytes=footprint.captured_bytes(share, work) + reading,
         prefill_bytes=max(0, footprint.prefill_bytes(share, work) - reading),
-        runtime_bytes=CUDA_RUNTIME_BYTES if work.device_type == "cuda" else 0,
+        graph_bytes=footprint.graph_bytes(share, work, ranks),
+        runtime_bytes=footprint.runtime_bytes(work),
         moved_bytes_per_token=moved_bytes(share, work),
         sent_bytes_per_token=sent_bytes(share, work, ranks),
         flops_per_token=step_flops(share, work),

@@ -26,6 +26,7 @@ from ..parallel.shard import Span
 from ..parallel.vocab import VocabEmbedding, VocabHead
 from .access import NO_ACCESS, Access
 from .cache import KVCache
+from .chunk_attention import LowerRight, grouped_attention
 from .config import ModelConfig, RopeScaling
 from .edit_table import NO_EDITS, EditTable, SiteEdits
 from .points import Tap
@@ -242,6 +243,7 @@ class Transformer(nn.Module):
         *,
         cache: KVCache | None = None,
         counts: Tensor | None = None,
+        start: int | None = None,
         access: Access = NO_ACCESS,
         edits: EditTable | None = None,
     ) -> Tensor:
@@ -249,7 +251,9 @@ class Transformer(nn.Module):
 
         token_ids [B, T] int64; with a cache they follow what each request already holds.
         counts [B] int64: how many of the T tokens of each request are real (default all); the
-        rest is right padding whose output means nothing. access is shown the states on the way,
+        rest is right padding whose output means nothing. start: the position of the first token of
+        every request that has real ones, where it is the same for all: attention then needs no
+        mask of its own for each request. access is shown the states on the way,
         edits change them. Returns [B, T, d]. Differentiable without a cache. Raises ValueError
         where the cache is too small.
         """
@@ -259,7 +263,7 @@ class Transformer(nn.Module):
             attend = causal_attention(self.rope(positions))
         else:
             positions = cache.next_positions(n_tokens)
-            attend = cached_attention(cache, positions, self.rope(positions))
+            attend = cached_attention(cache, positions, self.rope(positions), start)
         at_sites = NO_EDITS if edits is None else edits.at(positions.expand_as(token_ids))
         x = self.through_blocks(token_ids, attend, access, at_sites)
         if cache is not None:
@@ -313,15 +317,25 @@ def causal_attention(rope: tuple[Tensor, Tensor]) -> AttendFn:
     return attend
 
 
-def cached_attention(cache: KVCache, positions: Tensor, rope: tuple[Tensor, Tensor]) -> AttendFn:
-    """Tokens at absolute `positions` [B, T] over the cache, which they are written to first."""
+def cached_attention(
+    cache: KVCache, positions: Tensor, rope: tuple[Tensor, Tensor], start: int | None = None
+) -> AttendFn:
+    """Tokens at absolute `positions` [B, T] over the cache, which they are written to first.
+
+    start: see `Transformer.forward`. With it a token sees the cache up to the lower right diagonal
+    of [T, S], which fused kernels know without a mask.
+    """
     n_tokens = positions.shape[1]
-    span = cache.longest + n_tokens
+    span = (cache.longest if start is None else start) + n_tokens
     lengths = positions[:, 0] + 1
-    visible: Tensor | None = None
-    if n_tokens > 1:
+    visible: Tensor
+    if start is not None:
+        visible = LowerRight(n_tokens, span)
+    elif n_tokens > 1:
         index = torch.arange(span, device=positions.device)
-        visible = (index <= positions[..., None])[:, None]  # [B, 1, T, S]
+        seen = index <= positions[..., None]  # [B, T, S]
+        # of every request the mask for each of its key/value heads
+        visible = seen.repeat_interleave(cache.keys.shape[2], 0)[:, None]
 
     def attend(attn: Attention, layer: int, qkv: Tensor) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
@@ -329,16 +343,9 @@ def cached_attention(cache: KVCache, positions: Tensor, rope: tuple[Tensor, Tens
         if attn.q_norm is not None and attn.k_norm is not None:
             norms = {"q_weight": attn.q_norm.weight, "k_weight": attn.k_norm.weight}
         q = rope_qk(qkv, *rope, keys, values, positions, eps=attn.eps, **norms)
-        if visible is None:
+        if n_tokens == 1:
             return decode_attention(q[:, 0], keys, values, lengths, span=span)[:, None]
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            keys[:, :, :span],
-            values[:, :, :span],
-            attn_mask=visible,
-            enable_gqa=True,
-        )
-        return mixed.transpose(1, 2)
+        return grouped_attention(q, keys[:, :, :span], values[:, :, :span], visible)
 
     return attend
 

@@ -14,6 +14,7 @@ from .run import Result, generate
 from .session import (
     Session,
     add_chat_argument,
+    add_eager_argument,
     add_model_arguments,
     add_output_arguments,
     add_sampling_arguments,
@@ -30,6 +31,7 @@ def add_to(commands: Any) -> None:
     add_model_arguments(parser)
     parser.add_argument("--prompt", required=True)
     add_sampling_arguments(parser)
+    add_eager_argument(parser)
     add_chat_argument(parser)
     add_output_arguments(parser)
     parser.set_defaults(run=run)
@@ -50,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         sampling=sampling,
         lens=spec,
         on_token=printer.push,
+        capture=not arguments.eager,
     )
     printer.finish()
     assert isinstance(result, Result)

@@ -15,6 +15,7 @@ from .model.points import POINTS
 from .run import Result, generate
 from .session import (
     add_chat_argument,
+    add_eager_argument,
     add_model_arguments,
     add_output_arguments,
     open_session,
@@ -41,6 +42,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--target", metavar="TOKEN", help="report this token's rank instead of the next token's"
     )
+    add_eager_argument(parser)
     add_chat_argument(parser)
     add_output_arguments(parser)
     parser.set_defaults(run=run)
@@ -65,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
             max_new_tokens=arguments.max_new_tokens,
             lens=spec,
             on_progress=on_progress,
+            capture=not arguments.eager,
         )
     assert isinstance(result, Result) and result.trace is not None
     if not session.prints:

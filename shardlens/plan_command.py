@@ -16,7 +16,7 @@ from .model.plan import GIB, GPUS, Gpu, Plan, fewest_ranks, gib, largest_group, 
 from .model.points import check_point, parse_layers
 
 WIDTH = 100
-MEMORY = ("weights", "cache", "taps", "lens", "prefill")
+MEMORY = ("weights", "cache", "taps", "lens", "prefill", "graph")
 
 
 def add_to(commands: Any) -> None:

@@ -81,6 +81,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def add_eager_argument(parser: argparse.ArgumentParser) -> None:
+    """For commands that generate."""
+    parser.add_argument(
+        "--eager", action="store_true", help="run each decode step without a CUDA graph"
+    )
+
+
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
     return Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
 
@@ -144,6 +151,8 @@ def _fit_check(
             deferred=spec is not None and spec.mode == "deferred",
             prompt=n_prompt,
             reads_prompt=spec is not None and spec.positions in ("all", "prompt"),
+            # no step runs for the first new token, nor in commands that have no such option
+            capture=context > n_prompt + 1 and not arguments.eager,
         )
         check_fits(planned, device_memory_bytes(own), str(arguments.model))
 

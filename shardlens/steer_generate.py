@@ -23,6 +23,7 @@ from .run import Result, generate
 from .session import (
     NeedsFn,
     add_chat_argument,
+    add_eager_argument,
     add_json_argument,
     add_model_arguments,
     add_sampling_arguments,
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --scale: the vector, or the mean norm of the states (default: vector)",
     )
     add_sampling_arguments(parser)
+    add_eager_argument(parser)
     add_chat_argument(parser)
     add_json_argument(parser)
 
@@ -77,6 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling_of(arguments),
         steering=[[], *([steering] for steering in steerings)],
+        capture=not arguments.eager,
     )
     assert isinstance(results, list)
     if not session.prints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -10,11 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from launching import LAUNCH, launch
 
+import shardlens
 from shardlens.cli import main
+from shardlens.model.points import Tap
 
 PROMPT = "Once upon a time"
 
@@ -72,6 +77,35 @@ def test_generate_streams_text_and_writes_files(
     assert len(content["token_ids"]) == 20 and trace.stat().st_size > 1000
     assert main([*words, "--temperature", "1", "--seed", "3", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["text"] != content["text"]
+
+
+@pytest.mark.parametrize(
+    "command", [["generate"], ["lens"], ["steer", "generate", "--vector", "VECTOR"]]
+)
+def test_eager_turns_capture_off_and_changes_nothing(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vector = tmp_path / "v.safetensors"
+    shardlens.SteeringVectors({Tap(1, "resid_post"): torch.ones(128)}, {}, n_layers=6).save(vector)
+    name = {"lens": "lens_command", "generate": "generate_command", "steer": "steer_generate"}
+    module = importlib.import_module(f"shardlens.{name[command[0]]}")
+    generate, captures = module.generate, []
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        captures.append(options["capture"])
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(module, "generate", called)
+    words = [word.replace("VECTOR", str(vector)) for word in command]
+    words += ["demo", "--prompt", "Anna is", "--max-new-tokens", "5"]
+    printed = []
+    for more in ([], ["--eager"]):
+        assert main([*words, *more]) == 0
+        printed.append(capsys.readouterr().out)
+    assert captures == [True, False] and printed[0] == printed[1] != ""
 
 
 BAD = {

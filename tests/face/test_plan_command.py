@@ -41,7 +41,7 @@ def test_a_row_for_every_rank_count(big: Path, capsys: pytest.CaptureFixture[str
     assert printed.err == "" and lines[0] == str(big)
     assert max(map(len, lines[1:])) <= 100
     rows = {line.split()[0]: line.split() for line in lines if line.strip()[:1].isdigit()}
-    assert [rows[ranks][7] for ranks in ("4", "8", "64")] == ["no", "yes", "yes"]
+    assert [rows[ranks][8] for ranks in ("4", "8", "64")] == ["no", "yes", "yes"]
     assert rows["8"][1] == "94.5" and lines[-1] == "fewest ranks that fit: 8"
 
 
@@ -176,6 +176,33 @@ def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(
     monkeypatch.setattr(session, "device_memory_bytes", lambda device: 2**40)
     with pytest.raises(AssertionError, match="weights are read"):
         main(words)
+
+
+@pytest.mark.parametrize(
+    "words, captures",
+    [
+        (["generate", "--max-new-tokens", "9"], True),
+        (["generate", "--max-new-tokens", "9", "--eager"], False),
+        (["generate", "--max-new-tokens", "1"], False),  # which the prompt's own pass gives
+        (["lens"], False),
+        (["lens", "--max-new-tokens", "9"], True),
+    ],
+)
+def test_memory_of_a_graph_is_asked_for_where_there_is_one(
+    words: list[str], captures: bool, stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shardlens import session
+
+    asked = []
+
+    def plan(*arguments: Any, capture: bool, **options: Any) -> Any:
+        asked.append(capture)
+        return original(*arguments, capture=capture, **options)
+
+    original = session.plan
+    monkeypatch.setattr(session, "plan", plan)
+    assert main([words[0], str(stories), "--prompt", "Once", "--device", "cpu", *words[1:]]) == 0
+    assert asked == [captures]
 
 
 PROGRAM = """

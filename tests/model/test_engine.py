@@ -319,15 +319,21 @@ def test_logits_that_are_not_finite_are_refused(checkpoint: Path, bad: float) ->
         run(model, REQUESTS[:2])
 
 
-@pytest.mark.parametrize("kind", ["none", "fixed", "next"])
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("samplings", [[Sampling()], [Sampling(0.7, top_p=0.9)], [Sampling(1.0)]])
+LENSES = [None, *itertools.product(["none", "fixed", "next"], [False, True])]
+SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=3), Sampling(0.7, top_p=0.9)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lens", LENSES, ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "plain", "top-k", "top-p"])
+@pytest.mark.parametrize("n_edits", [0, 1, 2], ids=["unsteered", "one edit", "meeting edits"])
 def test_a_step_never_waits_for_the_host(
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
-    kind: Any,
-    deferred: bool,
-    samplings: list[Sampling],
+    dtype: torch.dtype,
+    lens: tuple[Any, bool] | None,
+    sampling: Sampling,
+    n_edits: int,
 ) -> None:
     readings: list[int] = []
     head_stats = winners_module.head_stats
@@ -337,9 +343,9 @@ def test_a_step_never_waits_for_the_host(
         return head_stats(x, *rest, **options)
 
     monkeypatch.setattr(winners_module, "head_stats", counted)
-    reader = Reader((Tap(0, "mlp_out"), Tap(2, "resid_post")), TOP_K, kind, deferred)
-    edits = [[Steering(direction(1), positions=3)], []]
-    launched = launched_by_a_step(checkpoint, reader, samplings * 2, edits)
+    reader = None if lens is None else Reader((Tap(0, "mlp_out"), Tap(2, "resid_post")), 4, *lens)
+    edits = [[Steering(direction(seed), positions=3) for seed in range(n_edits)], []]
+    launched = launched_by_a_step(checkpoint, reader, [sampling] * 2, edits, dtype)
     assert len(readings) == 1, "the head's weight is read once"
     assert set(launched) >= {
         "head_kernel", "_split_kernel", "_rope_qk_kernel", "_rmsnorm_steer_kernel"
@@ -348,9 +354,10 @@ def test_a_step_never_waits_for_the_host(
 
 def launched_by_a_step(
     checkpoint: Path,
-    reader: Reader,
+    reader: Reader | None,
     samplings: list[Sampling],
     steerings: list[list[Steering]],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[str]:
     """Names of the kernels of a step without numbers: it raises if a value is read on the host.
 
@@ -362,7 +369,7 @@ def launched_by_a_step(
         pretending(Chip(90, 132), lambda kernel, *rest: launched.append(kernel.__name__)),
         torch.inference_mode(),
     ):
-        model = Transformer(read_config(checkpoint), device="meta", dtype=torch.bfloat16)
+        model = Transformer(read_config(checkpoint), device="meta", dtype=dtype)
         edits = TableShape.of(steerings, [5] * len(steerings), 64, model.config)
         shape = StepShape.of(reader, samplings, edits, 1, V)
         step = DecodeStep(model, model.new_cache(len(samplings), 64), shape)

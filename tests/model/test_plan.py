@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 import torch
 from oracles import FAMILIES, LLAMA_405B, SMALL
 
+from shardlens.kernels.head_cut import cut, extra_bytes
+from shardlens.kernels.launch import Chip
 from shardlens.model.config import ModelConfig
-from shardlens.model.footprint import chunk_tokens
+from shardlens.model.footprint import chunk_tokens, fullest_share, head_bytes
 from shardlens.model.limits import CAPTURED_ROWS, RING_TOKENS
 from shardlens.model.plan import (
     GIB,
@@ -20,6 +23,7 @@ from shardlens.model.plan import (
     check_fits,
     device_memory_bytes,
     fewest_ranks,
+    gib,
     plan,
 )
 from shardlens.model.transformer import Transformer
@@ -139,6 +143,25 @@ def test_batch_is_padded_where_steps_are_captured() -> None:
     assert on_cpu.runtime_bytes == 0
 
 
+def test_a_captured_step_has_memory_of_its_own() -> None:
+    """A workspace of cuBLAS and its temporaries; eager products have another workspace."""
+    config = ModelConfig.from_hf(LLAMA_405B)
+    work = dict(ranks=8, context=8192, taps=126)
+    captured, eager = (plan(config, **work, capture=capture) for capture in (True, False))
+    assert eager.graph_bytes == 0 and "graph" in captured.parts
+    assert captured.total_bytes - eager.total_bytes == captured.graph_bytes
+    assert captured.runtime_bytes == eager.runtime_bytes == GIB + 32 * 2**20
+    rows = 127  # normed, in bfloat16; what is read of them comes on top
+    assert captured.graph_bytes > 32 * 2**20 + rows * config.d * 2
+    assert plan(config, **work, batch=8).graph_bytes > captured.graph_bytes
+    # an MLP's gate and up of many requests outgrow the reading without a lens
+    narrow = small("llama-mha", intermediate_size=2**20)
+    many = plan(narrow, ranks=1, context=64, batch=64)
+    assert many.graph_bytes == 32 * 2**20 + 64 * (5 * narrow.d + 3 * 2**20) * 4
+    on_cpu = plan(config, **work, device_type="cpu")
+    assert on_cpu.graph_bytes == on_cpu.runtime_bytes == 0
+
+
 def test_a_lens_shortens_prefill_chunks() -> None:
     config = ModelConfig.from_hf(LLAMA_405B)
     work = plan(config, ranks=8, context=8192, batch=4, taps=126).workload
@@ -181,9 +204,10 @@ def test_what_does_not_fit_says_what_would() -> None:
     with pytest.raises(ValueError) as refused:
         check_fits(planned, memory_bytes, "Llama-3.1-405B")
     message = str(refused.value)
-    start = "Llama-3.1-405B does not fit: each of 8 ranks needs 97.1 GiB (weights 94.5, cache 0.5, "
+    start = "Llama-3.1-405B does not fit: each of 8 ranks needs 96.7 GiB (weights 94.5, cache 0.5, "
     assert message.startswith(start) and "\n" not in message
-    assert "the GPU has 80.0: use 16 ranks, a shorter context" in message
+    assert f"graph {gib(planned.graph_bytes)}, runtime 1.0), the GPU has 80.0: use" in message
+    assert "use 16 ranks, a shorter context" in message
     assert fewest_ranks(config, planned.workload, memory_bytes) == 16
     check_fits(plan(config, ranks=16, context=8192, taps=126), memory_bytes, "Llama-3.1-405B")
 
@@ -217,3 +241,20 @@ def test_available_memory_is_what_linux_says(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_memory_is_all_of_it() -> None:
     assert device_memory_bytes(torch.device("cuda", 0)) >= torch.cuda.mem_get_info(0)[0]
+
+
+@pytest.mark.parametrize("processors", [(80, 108), (89, 142), (90, 132), (100, 148)])
+def test_the_heads_memory_is_that_of_its_kernel(processors: tuple[int, int]) -> None:
+    """What is foretold for CUDA holds what the kernel's cut takes, and not many times as much."""
+    chip = Chip(*processors)
+    config = small("llama-mha")
+    for rows in (1, 16, 33, 64, 100, 129, 256, 600, 2112, 4096, 8192):
+        for vocab in (16_032, 128_256):
+            share = dataclasses.replace(fullest_share(config, 1), vocab=vocab)
+            work = plan(config, ranks=1, context=64, top_k=5).workload
+            work = dataclasses.replace(work, top_k=5)
+            made = cut(rows, vocab, 1, 5, torch.bfloat16, chip, chip.has_wide_products)
+            taken = extra_bytes(rows, made.shares, made.programs, 5, made.configs[0])
+            foretold = head_bytes(share, work, rows, ranks=1)
+            assert taken <= foretold, rows
+            assert foretold <= 8 * taken + 1000 * rows, rows

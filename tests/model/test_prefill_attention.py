@@ -1,0 +1,113 @@
+"""Attention of a chunk of the prompt: no mask that grows, in any batch; against plain masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import SMALL
+from tolerances import EFFECT, PASSES
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.overrides import TorchFunctionMode
+
+from shardlens.model import ModelConfig, Transformer, init_weights
+from shardlens.model.generation import generate_tokens
+from shardlens.model.sampling import Sampling
+
+PROMPTS = [list(range(3, 40)), [7], list(range(50, 61)), list(range(100, 133))]
+CHUNK = 8
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": request.param, "head_dim": 12}
+    config = ModelConfig.from_hf({**SMALL, **heads, "architectures": ["LlamaForCausalLM"]})
+    made = Transformer(config)
+    init_weights(made, std=0.3)
+    return made.eval().requires_grad_(False)
+
+
+class Masks(TorchFunctionMode):
+    """Notes (mask, q, k) of every attention over several tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].shape[2] > 1:
+            self.seen.append((kwargs["attn_mask"], *args[:2]))
+        return func(*args, **kwargs)
+
+
+def feed(model: Transformer, lengths: list[int], parts: list[list[list[int]]], starts: Any) -> Any:
+    """Chunks of tokens through a cache that holds `lengths` random positions; their last output."""
+    cache = model.new_cache(len(lengths), 64)
+    generator = torch.Generator().manual_seed(5)
+    for buffer in (cache.keys, cache.values):
+        buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    cache.lengths.copy_(torch.tensor(lengths))
+    cache.longest = max(lengths)
+    out = torch.empty(0)
+    for part, start in zip(parts, starts, strict=True):
+        n_tokens = max(map(len, part))
+        padded = torch.tensor([[*row, *[0] * (n_tokens - len(row))] for row in part])
+        counts = torch.tensor([len(row) for row in part])
+        out = model(padded, cache=cache, counts=counts, start=start)
+    return out
+
+
+def test_a_chunk_has_no_mask(model: Transformer) -> None:
+    """In every chunk and layer the lower right triangle, whose size is all that is said."""
+    sequences = [list(prompt) for prompt in PROMPTS]
+    with Masks() as masks:
+        generate_tokens(
+            model, sequences, max_new_tokens=2, samplings=[Sampling()] * 4, prefill_chunk=CHUNK
+        )
+    assert len(masks.seen) == 5 * 3  # of 37 positions, in 3 layers
+    kv_heads = model.config.n_kv_heads
+    for number, (mask, q, k) in enumerate(masks.seen):
+        assert isinstance(mask, CausalBias) and mask.variant == CausalVariant.LOWER_RIGHT
+        end = min(len(PROMPTS[0]), CHUNK * (number // 3 + 1))
+        assert (mask.seq_len_q, mask.seq_len_kv) == (end - CHUNK * (number // 3), end)
+        assert q.shape[:2] == k.shape[:2] == (4 * kv_heads, 4 // kv_heads)
+        assert k.stride(1) == 0 or k.shape[1] == 1  # keys are shared by their queries, not copied
+    for prompt, sequence in zip(PROMPTS, sequences, strict=True):
+        alone = [list(prompt)]
+        generate_tokens(model, alone, max_new_tokens=2, samplings=[Sampling()], prefill_chunk=64)
+        assert sequence == alone[0]
+
+
+def test_with_a_start_as_without(model: Transformer) -> None:
+    """Requests that end in earlier chunks are padding in later ones, whatever they attend to."""
+    lengths = [11, 3, 11, 11]
+    parts = [[[5, 6, 7], [], [9], [4, 4, 4]], [[8, 9], [], [], [3, 2]]]
+    ours = feed(model, lengths, parts, (11, 14))
+    plain = feed(model, lengths, parts, (None, None))
+    assert (ours[[0, 3]] - plain[[0, 3]]).abs().max() <= PASSES
+    assert ours.isfinite().all()
+    wrong = feed(model, lengths, parts, (11, 13))
+    assert (wrong[[0, 3]] - plain[[0, 3]]).abs().max() > EFFECT * PASSES
+
+
+def test_requests_of_different_lengths(model: Transformer) -> None:
+    """Without a start each request goes on from where it stands, as if it were alone."""
+    lengths, part = [11, 3, 7, 0], [[5, 6, 7], [1, 2, 3], [9, 9, 9], [4, 5, 6]]
+    together = feed(model, lengths, [part], (None,))
+    cache = model.new_cache(4, 64)
+    generator = torch.Generator().manual_seed(5)
+    keys, values = (torch.randn(cache.keys.shape, generator=generator) for _ in range(2))
+    for request, length in enumerate(lengths):
+        alone = model.new_cache(1, 64)
+        alone.keys[:, 0], alone.values[:, 0] = keys[:, request], values[:, request]
+        alone.lengths.fill_(length)
+        alone.longest = length
+        for start in (None, length):
+            own = alone.first(1)
+            own.lengths = alone.lengths.clone()
+            out = model(torch.tensor([part[request]]), cache=own, start=start)
+            assert (out[0] - together[request]).abs().max() <= PASSES
