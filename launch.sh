@@ -3,7 +3,8 @@
 #
 #   ./launch.sh [-n RANKS] [--nnodes N --rdzv-endpoint HOST:PORT ...] COMMAND ...
 #   ./launch.sh demo             generate with, read and steer the packaged model on 2 ranks
-#   ./launch.sh test [ARGS]      run the test suite (ARGS go to pytest)
+#   ./launch.sh test [ARGS]      run the tests that are not marked slow (ARGS go to pytest)
+#   ./launch.sh test --slow ...  run those that are, and only them
 #   ./launch.sh check            lint and type check
 #
 # RANKS defaults to the GPUs present, or 1. Other options before COMMAND go to
@@ -11,7 +12,7 @@
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 # From the repository's root, folders such as kernels/ would hide installed packages of that name.
 export PYTHONSAFEPATH=1
@@ -93,6 +94,18 @@ link_packages() {
     done
 }
 
+# run_tests [--slow] [ARGS]: ARGS go to pytest, for which the last -m counts.
+run_tests() {
+    local word marker="not slow" arguments=()
+    for word in "$@"; do
+        if [ "$word" = --slow ]; then marker=slow; else arguments+=("$word"); fi
+    done
+    cd "$here"
+    # a worker a core, each a file at a time: fixtures of a file are made once
+    exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadfile -m "$marker" \
+        ${arguments[@]+"${arguments[@]}"}
+}
+
 check() {
     cd "$here"
     "$python" -m ruff check .
@@ -129,9 +142,7 @@ case $1 in
     test)
         shift
         set_up "transformers, xdist"
-        cd "$here"
-        # a worker a core, each a file at a time: fixtures of a file are made once
-        exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+        run_tests "$@"
         ;;
     demo)
         set_up

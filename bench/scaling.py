@@ -11,17 +11,12 @@ it stands what `plan` says of published models on 1 to 64 GPUs: an upper bound, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..interp.lens import LensRecorder, LensSpec
 from ..model.generation import generate_tokens
@@ -30,6 +25,7 @@ from ..model.plan import GPUS, Plan, plan
 from ..model.sampling import Sampling
 from ..parallel.group import TensorParallel
 from .models import N_LAYERS, model_config, random_model
+from .on_ranks import hand_over, on_ranks
 from .report import environment
 
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 16, 8, 5
@@ -75,20 +71,10 @@ def rank_run(shape: str) -> dict[str, Any]:
 
 
 def measured(ranks: int, shape: str) -> dict[str, Any]:
-    """`rank_run` on so many processes. Raises ValueError with their last line where they fail."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(ranks), "-m", "shardlens.bench.scaling"]
-        command += ["--shape", shape, "--out", str(out)]
-        threads = max(1, (os.cpu_count() or 1) // ranks)
-        environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads)}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if run.returncode:
-            lines = [line for line in run.stderr.splitlines() if "Error" in line]
-            raise ValueError(f"{ranks} ranks failed: {lines[-1] if lines else 'no message'}")
-        content: dict[str, Any] = json.loads(out.read_text())
-        return content
+    """`rank_run` on so many processes, which share the cores."""
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    run: dict[str, Any] = on_ranks(ranks, "shardlens.bench.scaling", ["--shape", shape], threads)
+    return run
 
 
 def difference(run: dict[str, Any], alone: dict[str, Any]) -> str | None:
@@ -190,11 +176,7 @@ def main() -> None:
     parser.add_argument("--shape", default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="what this run gave, as JSON")
     arguments = parser.parse_args()
-    result = rank_run(arguments.shape)
-    if result["ranks"] == 1 or dist.get_rank() == 0:
-        arguments.out.write_text(json.dumps(result))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    hand_over(rank_run(arguments.shape), arguments.out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 `bench kernels` times every operation at true model shapes, on one device: under torchrun, rank 0
 measures and the others leave. `bench end-to-end` compares whole generations; on several ranks only
-shardlens's own. `bench scaling` starts its ranks itself. `bench steer-sweep` measures on one.
+shardlens's own. `bench scaling` and `bench ranks` start their ranks themselves. `bench steer-sweep`
+measures on one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .bench import end_to_end, scaling, steer_sweep
+from .bench import end_to_end, rank_agreement, scaling, steer_sweep
 from .bench.arm_measures import Setup
 from .bench.end_to_end_report import plot, print_result
 from .bench.kernels import run_grid
@@ -33,6 +34,7 @@ def add_to(commands: Any) -> None:
     _add_kernels(benchmarks)
     _add_end_to_end(benchmarks)
     _add_scaling(benchmarks)
+    _add_ranks(benchmarks)
     _add_steer_sweep(benchmarks)
 
 
@@ -60,6 +62,24 @@ def _add_scaling(benchmarks: Any) -> None:
     parser.add_argument("--shape", choices=(*CPU_SHAPES, *N_LAYERS), default="cpu")
     _add_outputs(parser)
     parser.set_defaults(run=run_scaling)
+
+
+def _add_ranks(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "ranks", help="how far greedy texts on more ranks differ, in float32 and in bfloat16"
+    )
+    parser.add_argument("--model", default="demo", help="directory, hub id or demo (the default)")
+    parser.add_argument(
+        "--ranks", default="1,2,4", metavar="P,...", help="default: 1,2,4; the first is compared to"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a JSON list of texts or of lists of token ids (default: 8 short texts)",
+    )
+    _add_outputs(parser)
+    parser.set_defaults(run=run_ranks)
 
 
 def _add_steer_sweep(benchmarks: Any) -> None:
@@ -113,11 +133,26 @@ def run_end_to_end(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, result)
 
 
+def _rank_counts(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ValueError(f"--ranks {text} cannot be read: write e.g. 1,2,4")
+    return [int(part) for part in text.split(",")]
+
+
+def run_ranks(arguments: argparse.Namespace) -> None:
+    rank_counts = _rank_counts(arguments.ranks)
+    if not is_printing_rank():
+        return
+    _check_outputs(arguments)
+    result = rank_agreement.rank_agreement(arguments.model, rank_counts, arguments.prompts)
+    rank_agreement.print_result(result)
+    emit(result, arguments.save)
+    if arguments.json is not None:
+        write_json(arguments.json, result)
+
+
 def run_scaling(arguments: argparse.Namespace) -> None:
-    try:
-        rank_counts = [int(part) for part in arguments.ranks.split(",")]
-    except ValueError:
-        raise ValueError(f"--ranks {arguments.ranks} cannot be read: write e.g. 1,2,4") from None
+    rank_counts = _rank_counts(arguments.ranks)
     if not is_printing_rank():
         return
     _check_outputs(arguments)
