@@ -16,9 +16,14 @@ from .timing import synchronize
 
 TOP_K = 5
 UNCACHED = ("1 baseline", "2 baseline half")
+ORACLE = "3 transformers lens"  # that all other arms' answers are held against
+PAPER, PAPER_BY_LAYER = "4 paper's method", "4 the same, by layer"
+PLAIN, LENS, STEERED = OWN = ("5 shardlens", "6 shardlens lens", "7 shardlens lens steered")
 
 # (prompt, new tokens, winners kept, called with each token) of an arm
 Run = Callable[..., ArmOutput]
+# Called with an arm's name and figures each time that it was run.
+OnArm = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,6 @@ class Setup:
     prompt_tokens: int
     new_tokens: int
     rounds: int
-    rivals: bool = True  # whether others are run too, or shardlens alone
 
     def prompt(self, vocab_size: int) -> list[int]:
         generator = torch.Generator().manual_seed(1)
@@ -77,18 +81,27 @@ def timed(run: Run, prompt: list[int], n: int, device: torch.device) -> Sample:
     return Sample(seconds, first[0] - started, allocated)
 
 
-def measure_times(arms: dict[str, Run], setup: Setup, vocab_size: int) -> dict[str, dict[str, Any]]:
+def measure_times(
+    arms: dict[str, Run], setup: Setup, vocab_size: int, on_arm: OnArm | None = None
+) -> dict[str, dict[str, Any]]:
     """Rounds of all cached arms by turns; uncached ones once for each length."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def keep(name: str, figures: dict[str, Any]) -> None:
+        found[name] = figures
+        if on_arm is not None:
+            on_arm(name, figures)
+
     prompt = setup.prompt(vocab_size)
     cached = [name for name in arms if name not in UNCACHED]
     samples: dict[str, list[Sample]] = {name: [] for name in cached}
     for turn in range(setup.rounds):
-        first = turn % len(cached)
+        first = turn % max(1, len(cached))
         for name in cached[first:] + cached[:first]:
             samples[name].append(timed(arms[name], prompt, setup.new_tokens, setup.device))
-    found = {name: _summary(own, setup.new_tokens) for name, own in samples.items()}
+            keep(name, _summary(samples[name], setup.new_tokens))
     for name in (name for name in arms if name in UNCACHED):
-        found[name] = _uncached(arms[name], setup, vocab_size)
+        keep(name, _uncached(arms[name], setup, vocab_size))
     return found
 
 

@@ -9,7 +9,7 @@ batched decode with full logits at the end, and once more with a decode a layer,
 code has it, which needs less memory; (5) shardlens without lens; (6) with a live lens on
 every layer; (7) with lens and steering. All on the same weights and prompt, greedy, batch 1.
 
-First the answers: arms 1, 3, 4 and 6 must tell the same top-1 token in every layer and position,
+First the answers: arms 1, 4 and 6 must tell the same top-1 token as 3 in every layer and position,
 and 7 what transformers tells under hooks. A red check ends the benchmark. Then time, all arms by
 turns; a baseline without cache, whose tokens take longer the longer the text, is timed for single
 tokens at three lengths and added up between them, which the result calls extrapolated. Memory is
@@ -27,42 +27,64 @@ from unittest.mock import patch
 
 import torch
 
+from ..model.config import ModelConfig
+from ..model.engine import Engine
 from ..model.plan import plan
 from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
-from .arm_measures import TOP_K, UNCACHED, Run, Setup, measure_times, peak_bytes
+from .arm_measures import (
+    LENS,
+    ORACLE,
+    OWN,
+    PAPER,
+    PAPER_BY_LAYER,
+    PLAIN,
+    STEERED,
+    TOP_K,
+    UNCACHED,
+    Run,
+    Setup,
+    measure_times,
+    peak_bytes,
+)
 from .baselines import CachedLensArm, FaithfulBaseline, PaperMethod
 from .end_to_end_checks import problems
 from .end_to_end_report import verdicts
 from .models import model_config, random_model
 from .own_arms import OwnArm, random_steering
-from .report import environment
+from .report import bandwidth_shares, environment
 from .shared_weights import as_transformers
-from .timing import measured_rates
+from .timing import Rates, measured_rates
 
-CHECKED_TOKENS = 8
+CHECKED_TOKENS, WARM_TOKENS = 8, 3
 # glibc raises its threshold with the sizes it sees; then what is freed stays resident, by chance
 FIXED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+SECONDS_FOR_RATES = 2.0
 OTHER_DTYPE = "the weights are held in the other dtype"
 
 
-def arms_of(model: Transformer, setup: Setup) -> dict[str, Run]:
+def arms_of(model: Transformer) -> dict[str, Run]:
     """On several ranks only our own: the others run on one."""
+    own = own_arms(model)
+    return own if model.parallel.size > 1 else {**rival_arms(model), **own}
+
+
+def own_arms(model: Transformer) -> dict[str, Run]:
     steering = random_steering(model)
-    own = {
-        "5 shardlens": OwnArm(model).run,
-        "6 shardlens lens": OwnArm(model, lens=True).run,
-        "7 shardlens lens steered": OwnArm(model, lens=True, steering=steering).run,
+    return {
+        PLAIN: OwnArm(model).run,
+        LENS: OwnArm(model, lens=True).run,
+        STEERED: OwnArm(model, lens=True, steering=steering).run,
     }
-    if model.parallel.size > 1 or not setup.rivals:
-        return own
+
+
+def rival_arms(model: Transformer) -> dict[str, Run]:
     hf = as_transformers(model)
     return {
         baseline_name(model.dtype): FaithfulBaseline(hf).run,
-        "3 transformers lens": CachedLensArm(hf).run,
-        "4 paper's method": PaperMethod(hf).run,
-        "4 the same, by layer": PaperMethod(hf, by_layer=True).run,
-        **own,
+        ORACLE: CachedLensArm(hf).run,
+        PAPER: PaperMethod(hf).run,
+        PAPER_BY_LAYER: PaperMethod(hf, by_layer=True).run,
     }
 
 
@@ -89,7 +111,7 @@ def _peak_in_this_process(name: str, setup: Setup, threads: int) -> int:
     torch.set_num_threads(threads)
     model = make_model(setup, TensorParallel.single())
     with torch.inference_mode():
-        return peak_bytes(arms_of(model, setup)[name], name, setup, model.config.vocab_size)
+        return peak_bytes(arms_of(model)[name], name, setup, model.config.vocab_size)
 
 
 def measure_times_on(
@@ -98,38 +120,41 @@ def measure_times_on(
     """By turns; where memory is counted along, the others first, before our cache is there."""
     vocab_size = model.config.vocab_size
     if setup.device.type != "cuda":
-        _warm(arms, setup, vocab_size)
+        warm(arms, setup, vocab_size)
         return measure_times(arms, setup, vocab_size)
     model.engine = None
     found: dict[str, dict[str, Any]] = {}
-    others = {name: run for name, run in arms.items() if name[0] in "1234"}
-    ours = {name: run for name, run in arms.items() if name not in others}
-    for part, rounds in ((others, 1), (ours, setup.rounds)):
-        _warm(part, setup, vocab_size)
-        found |= measure_times(part, dataclasses.replace(setup, rounds=rounds), vocab_size)
+    others = {name: run for name, run in arms.items() if name not in OWN}
+    ours = {name: run for name, run in arms.items() if name in OWN}
+    if others:
+        warm(others, setup, vocab_size)
+        found = measure_times(others, dataclasses.replace(setup, rounds=1), vocab_size)
+    capture_for(model, setup)
+    warm(ours, setup, vocab_size)
+    found |= measure_times(ours, setup, vocab_size)
     return {name: found[name] for name in arms}
 
 
-def _warm(arms: dict[str, Run], setup: Setup, vocab_size: int) -> None:
-    """Whatever is set up once, with buffers as long as the run's, so that steps are captured."""
+def capture_for(model: Transformer, setup: Setup) -> None:
+    """Make the cache as long as the timed runs need it: what is captured earlier serves them."""
+    Engine.of(model, 1, setup.prompt_tokens + setup.new_tokens, capture=True)
+
+
+def warm(arms: dict[str, Run], setup: Setup, vocab_size: int) -> None:
+    """Whatever is set up once."""
     for name, run in arms.items():
         if name not in UNCACHED:
-            captures = setup.device.type == "cuda" and name[0] in "567"
-            n_tokens = setup.new_tokens if captures else 3
-            run(setup.prompt(vocab_size), n_tokens, TOP_K, None)
+            run(setup.prompt(vocab_size), WARM_TOKENS, TOP_K, None)
 
 
 def measure_peaks(
     model: Transformer, arms: dict[str, Run], setup: Setup, times: dict[str, dict[str, Any]]
 ) -> dict[str, int]:
     """Bytes above the weights."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
     peaks = {}
     for name, run in arms.items():
-        if setup.device.type == "cuda":
-            peaks[name] = times[name]["allocated_bytes"] - weights
-        elif model.parallel.size > 1:
-            peaks[name] = peak_bytes(run, name, setup, model.config.vocab_size)
+        if setup.device.type == "cuda" or model.parallel.size > 1:
+            peaks[name] = peak_above_weights(model, name, run, setup, times[name])
         else:
             spawning = ProcessPoolExecutor(1, get_context("spawn"))
             with patch.dict(os.environ, FIXED_ALLOCATOR), spawning as pool:
@@ -137,6 +162,16 @@ def measure_peaks(
                 peaks[name] = pool.submit(_peak_in_this_process, name, setup, threads).result()
         print(f"{name:26}{peaks[name] / 2**20:12,.1f} MiB above the weights", flush=True)
     return peaks
+
+
+def peak_above_weights(
+    model: Transformer, name: str, run: Run, setup: Setup, times: dict[str, Any]
+) -> int:
+    """As the device counted it while the arm was timed; on a CPU, of one more run here."""
+    if setup.device.type != "cuda":
+        return peak_bytes(run, name, setup, model.config.vocab_size)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return int(times["allocated_bytes"]) - weights
 
 
 def make_model(setup: Setup, parallel: TensorParallel) -> Transformer:
@@ -148,39 +183,47 @@ def run(setup: Setup, parallel: TensorParallel) -> dict[str, Any]:
     """The whole benchmark. Raises ValueError naming what a check found wrong."""
     model = make_model(setup, parallel)
     vocab_size = model.config.vocab_size
-    arms, left_out = without_what_does_not_fit(arms_of(model, setup), setup, vocab_size)
+    arms, left_out = without_what_does_not_fit(arms_of(model), setup, vocab_size)
     red = problems(model, arms, setup.prompt(vocab_size), CHECKED_TOKENS, TOP_K)
     if red:
-        raise ValueError(f"a check is red, nothing is measured: {'; '.join(red)}")
+        found = "; ".join(f"{name}: {text}" for name, texts in red.items() for text in texts)
+        raise ValueError(f"a check is red, nothing is measured: {found}")
     print("checks: green", flush=True)
     times = measure_times_on(model, arms, setup)
-    sent = {}
-    if parallel.size > 1:
-        sent = {name: _sent_bytes(model, run, setup) for name, run in arms.items()}
     peaks = measure_peaks(model, arms, setup, times)
-    rates = measured_rates(setup.device, setup.dtype, 2.0)
-    context = setup.prompt_tokens + setup.new_tokens
+    rates = measured_rates(setup.device, setup.dtype, SECONDS_FOR_RATES)
+    result = described(setup, model.config, parallel, rates)
+    for name, run in arms.items():
+        sent = _sent_bytes(model, run, setup) if parallel.size > 1 else 0
+        result["arms"][name] = arm_row(times[name], peaks[name], sent, result, setup)
+    return result | {"left_out": left_out, "claims": verdicts(result)}
+
+
+def described(
+    setup: Setup, config: ModelConfig, parallel: TensorParallel, rates: Rates
+) -> dict[str, Any]:
+    """A result whose arms are still to be measured."""
+    dtype = str(setup.dtype).removeprefix("torch.")
     planned = plan(
-        model.config,
+        config,
         ranks=parallel.size,
-        context=context,
-        taps=model.config.n_layers,
+        context=setup.prompt_tokens + setup.new_tokens,
+        taps=config.n_layers,
         top_k=TOP_K,
-        dtype=str(setup.dtype).removeprefix("torch."),
+        dtype=dtype,
         device_type="cuda" if setup.device.type == "cuda" else "cpu",
     )
-    floor_per_s = planned.tokens_per_s(rates.copy_bytes_per_s)
-    result: dict[str, Any] = {
+    return {
         "benchmark": "end_to_end",
         "environment": environment(),
         "shape": setup.shape,
         "model": {
             name: value
-            for name, value in vars(model.config).items()
+            for name, value in vars(config).items()
             if isinstance(value, int | float | str)
         },
         "device": setup.device.type,
-        "dtype": str(setup.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "ranks": parallel.size,
         "prompt_tokens": setup.prompt_tokens,
         "new_tokens": setup.new_tokens,
@@ -188,18 +231,23 @@ def run(setup: Setup, parallel: TensorParallel) -> dict[str, Any]:
         "copy_gb_per_s": rates.copy_bytes_per_s / 1e9,
         "moved_bytes_per_token": planned.moved_bytes_per_token,
         "planned_above_weights_bytes": planned.total_bytes - planned.weights_bytes,
-        "arms": {
-            name: {
-                **times[name],
-                "peak_bytes": peaks[name],
-                "roofline_share": times[name]["tokens_per_s"] / floor_per_s,
-                "sent_bytes_per_token": sent.get(name, 0),
-            }
-            for name in arms
-        },
-        "left_out": left_out,
+        "arms": {},
+        "left_out": {},
+        "claims": [],
     }
-    return result | {"claims": verdicts(result)}
+
+
+def arm_row(
+    times: dict[str, Any], peak: int, sent_bytes: float, result: dict[str, Any], setup: Setup
+) -> dict[str, Any]:
+    """Figures of an arm. The shares are of moving what a step of ours moves, lens included."""
+    moved_per_s = times["tokens_per_s"] * result["moved_bytes_per_token"]
+    return {
+        **times,
+        "peak_bytes": peak,
+        **bandwidth_shares(moved_per_s, 1e9 * result["copy_gb_per_s"], setup.device),
+        "sent_bytes_per_token": sent_bytes,
+    }
 
 
 def _sent_bytes(model: Transformer, run: Run, setup: Setup) -> float:

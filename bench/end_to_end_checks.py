@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model.transformer import Transformer
-from .arm_measures import Run
+from .arm_measures import LENS, ORACLE, PLAIN, STEERED, UNCACHED, Run
 from .baselines import ArmOutput
 from .own_arms import STEERED_POINT, random_steering
 from .shared_weights import as_transformers
@@ -24,49 +24,55 @@ def problems(
     prompt: list[int],
     n_tokens: int,
     top_k: int,
-) -> list[str]:
-    """What differs, in words; empty where all is well."""
+) -> dict[str, list[str]]:
+    """What is wrong with which arm; empty where all is well.
+
+    Each is held against transformers, where that is among the arms. A lens that changes the text
+    is said of both arms that differ.
+    """
     nats = NATS[model.dtype]
-    ours = arms["6 shardlens lens"](prompt, n_tokens, top_k, None)
-    plain = arms["5 shardlens"](prompt, n_tokens, top_k, None)
-    steered = arms["7 shardlens lens steered"](prompt, n_tokens, top_k, None)
-    found = []
-    if plain.token_ids != ours.token_ids:
-        found.append("the lens changes the text")
-    if steered.token_ids == ours.token_ids and _largest_gap(steered, ours) <= nats:
-        found.append("steering has no effect")
-    for name, run in arms.items():
-        if name[0] in "1234":
-            difference = disagreement(
-                ours, run(prompt, n_tokens_of(name, n_tokens), top_k, None), nats
-            )
-            if difference:
-                found.append(f"{name}: {difference}")
-    if model.parallel.size == 1:
-        difference = disagreement(steered, steered_by_hooks(model, prompt, steered, top_k), nats)
-        if difference:
-            found.append(f"steering against hooks: {difference}")
+    found: dict[str, list[str]] = {}
+    answers = {
+        name: run(prompt, n_tokens_of(name, n_tokens), top_k, None) for name, run in arms.items()
+    }
+    for name, answer in answers.items():
+        if ORACLE not in answers or name in (ORACLE, PLAIN, STEERED):
+            continue
+        if difference := disagreement(answers[ORACLE], answer, nats):
+            found.setdefault(name, []).append(difference)
+    ours, plain, steered = (answers.get(name) for name in (LENS, PLAIN, STEERED))
+    if ours is not None and plain is not None and plain.token_ids != ours.token_ids:
+        for name in (PLAIN, LENS):
+            found.setdefault(name, []).append("the lens changes the text")
+    if steered is not None:
+        moved = ours is None or steered.token_ids != ours.token_ids
+        if ours is not None and not moved and _largest_gap(steered, ours) <= nats:
+            found.setdefault(STEERED, []).append("steering has no effect")
+        if model.parallel.size == 1:
+            hooked = steered_by_hooks(model, prompt, steered, top_k)
+            if difference := disagreement(steered, hooked, nats):
+                found.setdefault(STEERED, []).append(f"steering against hooks: {difference}")
     return found
 
 
 def n_tokens_of(name: str, n_tokens: int) -> int:
     """A baseline without cache is checked on two tokens: it takes seconds for each."""
-    return 2 if name[0] in "12" else n_tokens
+    return 2 if name in UNCACHED else n_tokens
 
 
-def disagreement(ours: ArmOutput, other: ArmOutput, nats: float) -> str | None:
+def disagreement(one: ArmOutput, other: ArmOutput, nats: float) -> str | None:
     """Where top-1 ids or log-probs differ by more than rounding explains, up to the first token
     that a near tie turned.
     """
-    assert ours.lens_ids is not None and ours.lens_logprobs is not None
+    assert one.lens_ids is not None and one.lens_logprobs is not None
     assert other.lens_ids is not None and other.lens_logprobs is not None
-    for at, (own, their) in enumerate(zip(ours.token_ids, other.token_ids, strict=False)):
-        margin = ours.lens_logprobs[at, :, 0] - ours.lens_logprobs[at, :, 1]  # [L]
-        differs = ours.lens_ids[at, :, 0] != other.lens_ids[at, :, 0]
+    for at, (own, their) in enumerate(zip(one.token_ids, other.token_ids, strict=False)):
+        margin = one.lens_logprobs[at, :, 0] - one.lens_logprobs[at, :, 1]  # [L]
+        differs = one.lens_ids[at, :, 0] != other.lens_ids[at, :, 0]
         if (differs & (margin > 2 * nats)).any():
             layer = int((differs & (margin > 2 * nats)).nonzero()[0])
             return f"top-1 of new token {at} at layer {layer}"
-        gap = (ours.lens_logprobs[at, :, 0] - other.lens_logprobs[at, :, 0]).abs().max()
+        gap = (one.lens_logprobs[at, :, 0] - other.lens_logprobs[at, :, 0]).abs().max()
         if gap > nats:
             return f"log-probs of new token {at} differ by {float(gap):.3g} nats"
         if own != their:

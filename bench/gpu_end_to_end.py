@@ -1,102 +1,253 @@
-"""The decode step's claims on one GPU, checked and measured at true model shapes.
+"""Stage end-to-end: generation with every layer read, against what else there is, at true shapes.
 
-    python -m shardlens.bench.gpu_end_to_end [--shapes NAME,...] [--seconds 560] [--name h200]
+bf16, 64 + 1,500 tokens, random weights made on the device. First the tests of captured steps: red
+ones drop our own arms, which are captured, and leave the rivals. Then our arms at every shape that
+fits the card, in the order given; then, for as long as time is left, the rivals, at the shapes in
+an order of their own. The file has each arm as soon as it was run. An arm with a red check is not
+measured.
 
-First the tests of captured steps; a red one ends it. Then the shapes in order, as far as the time
-goes: against the rivals at the first one, shardlens alone at the others, bf16, 64 + 1,500 tokens,
-random weights made on the device. Each shape's result is added to bench/results/NAME.json as soon
-as it is there, so that several calls fill one file. Exit code 1 if a check was red.
+On a CPU, which decides nothing, a small shape: a rehearsal.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import gc
-import json
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..model.load import default_device
+from ..model.plan import check_fits, device_memory_bytes, plan
+from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
-from . import end_to_end
-from .arm_measures import Setup
-from .end_to_end_report import print_result
-from .models import CPU_SHAPES, N_LAYERS
-from .report import RESULTS
+from . import gpu_tests
+from .arm_measures import OWN, PAPER, TOP_K, UNCACHED, Run, Setup, measure_times, timed
+from .end_to_end import (
+    CHECKED_TOKENS,
+    ORACLE,
+    SECONDS_FOR_RATES,
+    arm_row,
+    capture_for,
+    described,
+    make_model,
+    own_arms,
+    peak_above_weights,
+    rival_arms,
+    warm,
+    without_what_does_not_fit,
+)
+from .end_to_end_checks import problems
+from .end_to_end_report import print_result, verdicts
+from .gpu_journal import Journal, first_line
+from .models import CPU_SHAPES, N_LAYERS, model_config
+from .timing import Rates, measured_rates
 
-FIRST = "llama-3.1-8b"
-SHAPES = (FIRST, "llama-3.1-70b", "qwen3-4b", "qwen3-14b", "qwen3-32b")
-# Seconds that a shape takes, from the bytes of its weights at 4 TB/s; the first with its rivals.
-EXPECTED_SECONDS = {FIRST: 260, "llama-3.1-70b": 260, "qwen3-4b": 40, "qwen3-14b": 70}
-USUAL_SECONDS = 130
-PROMPT_TOKENS, NEW_TOKENS = 64, 1500
-ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {"cuda": ("llama-3.1-8b", "qwen3-4b", "qwen3-14b"), "cpu": ("cpu-small",)}
+RIVAL_SHAPES = (*N_LAYERS, *CPU_SHAPES)  # whose rivals come first
+TOKENS = {"cuda": (64, 1500), "cpu": (8, 4)}  # prompt and new ones
+ROUNDS = 2
+TEST_SHARE = 0.3  # of the time, at most, for the tests
+# Of a shape, beside the timed runs: making it, checks, compiling and capturing.
+OVERHEAD_SECONDS = {"cuda": 20.0, "cpu": 1.0}
+EXPECTED_COPY_SHARE = 0.6  # that our arms reach at least
 
 
-def tests_are_green() -> bool:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    run = subprocess.run([*command, "tests/model/test_graphs.py"], cwd=ROOT)
-    return run.returncode == 0
+def run(journal: Journal, deadline: float, truth: Path | None, shapes: Sequence[str]) -> None:
+    """truth: the file of a stage that ran the tests on this very code, if there is one."""
+    device = default_device()
+    shapes = shapes or SHAPES[device.type]
+    with journal.step("tests of captured steps"):
+        check_captured_steps(journal, deadline, truth)
+    with journal.step("rates"):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        rates = measured_rates(device, dtype, SECONDS_FOR_RATES)
+        measure(journal, deadline, shapes, device, rates)
 
 
-def measure(shape: str, rounds: int) -> dict[str, Any]:
-    """One shape. On a CPU, which decides nothing, a small one: a rehearsal."""
-    on_gpu = torch.cuda.is_available()
-    setup = Setup(
-        shape=shape,
-        dtype=torch.bfloat16 if on_gpu else torch.float32,
-        device=torch.device("cuda" if on_gpu else "cpu"),
-        prompt_tokens=PROMPT_TOKENS if on_gpu else 8,
-        new_tokens=NEW_TOKENS if on_gpu else 4,
-        rounds=rounds,
-        rivals=shape in (FIRST, *CPU_SHAPES),
+def check_captured_steps(journal: Journal, deadline: float, truth: Path | None) -> None:
+    files = [gpu_tests.CAPTURED_TESTS]
+    known = None if truth is None else gpu_tests.results_of(truth, files)
+    if known is None:
+        now = time.monotonic()
+        with gpu_tests.TestRun(files) as tests:
+            known = tests.wait(now + TEST_SHARE * (deadline - now), gpu_tests.print_result)
+    journal.record(tests=known)
+    for what, failed in gpu_tests.red_of(known).items():
+        journal.add_red(what, *failed)
+
+
+def measure(
+    journal: Journal,
+    deadline: float,
+    shapes: Sequence[str],
+    device: torch.device,
+    rates: Rates,
+) -> None:
+    journal.record(decides=device.type == "cuda", shapes={}, skipped={})
+    fitting = [
+        Shape(journal, deadline, setup_of(name, device), rates)
+        for name in shapes
+        if fits(journal, setup_of(name, device))
+    ]
+    for shape in fitting:
+        with journal.step(f"{shape.name}: our arms"):
+            shape.measure_own()
+        _free(device)
+    for shape in sorted(fitting, key=lambda shape: RIVAL_SHAPES.index(shape.name)):
+        with journal.step(f"{shape.name}: rivals"):
+            shape.measure_rivals()
+        _free(device)
+    for shape in fitting:
+        print(f"\n{shape.name}")
+        print_result(shape.result)
+
+
+def setup_of(shape: str, device: torch.device) -> Setup:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Setup(shape, dtype, device, *TOKENS[device.type], rounds=ROUNDS)
+
+
+def fits(journal: Journal, setup: Setup) -> bool:
+    config = model_config(setup.shape)
+    planned = plan(
+        config,
+        ranks=1,
+        context=setup.prompt_tokens + setup.new_tokens,
+        taps=config.n_layers,
+        top_k=TOP_K,
+        dtype=str(setup.dtype).removeprefix("torch."),
+        device_type="cuda" if setup.device.type == "cuda" else "cpu",
     )
-    result = end_to_end.run(setup, TensorParallel.single())
-    print_result(result)
-    return result
+    try:
+        check_fits(planned, device_memory_bytes(setup.device), setup.shape)
+    except ValueError as error:
+        _skip(journal, setup.shape, str(error))
+        return False
+    return True
 
 
-def keep(path: Path, shape: str, result: dict[str, Any]) -> None:
-    content = json.loads(path.read_text()) if path.exists() else {}
-    content[shape] = result
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def _skip(journal: Journal, what: str, why: str) -> None:
+    print(f"skipped: {what}: {why}", flush=True)
+    journal.content["skipped"][what] = why
+    journal.write()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--seconds", type=float, default=560.0)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--name", default="h200")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
-    arguments = parser.parse_args()
-    shapes = arguments.shapes.split(",")
-    unknown = [shape for shape in shapes if shape not in (*N_LAYERS, *CPU_SHAPES)]
-    if unknown:
-        parser.error(f"shape {unknown[0]}: there are {', '.join(N_LAYERS)}")
-    deadline = time.monotonic() + arguments.seconds
-    if not tests_are_green():
-        print("RED: tests of captured steps")
-        return 1
-    red = 0
-    for shape in shapes:
-        if time.monotonic() + EXPECTED_SECONDS.get(shape, USUAL_SECONDS) > deadline:
-            print(f"out of time: {shape} is left for another call")
-            continue
-        try:
-            keep(arguments.out / f"{arguments.name}.json", shape, measure(shape, arguments.rounds))
-        except (ValueError, torch.OutOfMemoryError) as error:
-            red += isinstance(error, ValueError)
-            print(f"{shape}: {str(error).splitlines()[0]}", flush=True)
-        gc.collect()
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()  # no captured step is left that would use one
         torch.cuda.empty_cache()
-    return min(1, red)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+class Shape:
+    """What was measured of one model so far. The model itself is made for each of two visits."""
+
+    def __init__(self, journal: Journal, deadline: float, setup: Setup, rates: Rates) -> None:
+        self.name, self._setup = setup.shape, setup
+        self._journal, self._deadline = journal, deadline
+        config = model_config(setup.shape)
+        self._vocab_size = config.vocab_size
+        self.result = described(setup, config, TensorParallel.single(), rates)
+        journal.content["shapes"][setup.shape] = self.result
+
+    @torch.inference_mode()
+    def measure_own(self) -> None:
+        """By turns, each held against transformers before."""
+        red = self._journal.content["red"].get(gpu_tests.CAPTURED_STEPS)
+        if red:
+            self._leave_out(OWN, f"tests of captured steps are red: {', '.join(red)}")
+            return
+        if self._own_seconds() > self._left_seconds():
+            self._leave_out(OWN, f"out of time: about {self._own_seconds():.0f} s for them")
+            return
+        model = self._made()
+        capture_for(model, self._setup)
+        oracle = {ORACLE: rival_arms(model)[ORACLE]}
+        self._now("checks of our arms")
+        own = self._green(model, {**oracle, **own_arms(model)}, OWN)
+        warm(own, self._setup, self._vocab_size)
+        self._time(model, own, self._setup)
+
+    @torch.inference_mode()
+    def measure_rivals(self) -> None:
+        """One after another, as time allows, each held against transformers before."""
+        model = self._made()
+        arms, left_out = without_what_does_not_fit(rival_arms(model), self._setup, self._vocab_size)
+        self.result["left_out"] |= left_out
+        self._now("checks of rivals")
+        green = self._green(model, arms, tuple(arms))
+        # the claims are about the paper's method and its baseline
+        for name in sorted(green, key=lambda name: (name != PAPER, name not in UNCACHED, name)):
+            with self._journal.step(f"{self.name}: {name}"):
+                try:
+                    self._time_rival(model, name, green[name])
+                except (ValueError, torch.OutOfMemoryError) as error:
+                    self._leave_out([name], first_line(error))
+                    _free(self._setup.device)
+
+    def _time_rival(self, model: Transformer, name: str, run: Run) -> None:
+        expected = self._expected_seconds(name, run)
+        if expected > self._left_seconds():
+            self._leave_out([name], f"out of time: about {expected:.0f} s for it")
+            return
+        self._time(model, {name: run}, dataclasses.replace(self._setup, rounds=1))
+
+    def _expected_seconds(self, name: str, run: Run) -> float:
+        """Of timing it, from a short run."""
+        setup = self._setup
+        if name in UNCACHED:
+            text = setup.text(self._vocab_size, setup.sampled_lengths[-1])
+            return len(setup.sampled_lengths) * timed(run, text, 1, setup.device).seconds
+        prompt = setup.prompt(self._vocab_size)
+        short = timed(run, prompt, CHECKED_TOKENS, setup.device).seconds
+        return short * setup.new_tokens / CHECKED_TOKENS
+
+    def _made(self) -> Transformer:
+        # buffers that the measuring of rates keeps are no arm's memory
+        on_cuda = self._setup.device.type == "cuda"
+        self._beside = torch.cuda.memory_allocated(self._setup.device) if on_cuda else 0
+        return make_model(self._setup, TensorParallel.single())
+
+    def _own_seconds(self) -> float:
+        setup, copy_bytes_per_s = self._setup, 1e9 * self.result["copy_gb_per_s"]
+        a_token = self.result["moved_bytes_per_token"] / (EXPECTED_COPY_SHARE * copy_bytes_per_s)
+        tokens = len(OWN) * setup.rounds * setup.new_tokens
+        return OVERHEAD_SECONDS[setup.device.type] + tokens * a_token
+
+    def _left_seconds(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _green(
+        self, model: Transformer, arms: dict[str, Run], wanted: Sequence[str]
+    ) -> dict[str, Run]:
+        """The wanted ones whose answers are right."""
+        prompt = self._setup.prompt(self._vocab_size)
+        red = problems(model, arms, prompt, CHECKED_TOKENS, TOP_K)
+        for name, found in red.items():
+            self._journal.add_red(f"{self.name}: {name}", *found)
+            self._leave_out([name], f"its check is red: {'; '.join(found)}")
+        return {name: arms[name] for name in wanted if name not in red}
+
+    def _time(self, model: Transformer, arms: dict[str, Run], setup: Setup) -> None:
+        def keep(name: str, times: dict[str, Any]) -> None:
+            peak = peak_above_weights(model, name, arms[name], setup, times) - self._beside
+            self.result["arms"][name] = arm_row(times, peak, 0, self.result, setup)
+            self.result["claims"] = verdicts(self.result)
+            self._journal.write()
+            print(f"{self.name}: {name}: {times['tokens_per_s']:.3f} tokens/s", flush=True)
+
+        if arms:
+            measure_times(arms, setup, self._vocab_size, keep)
+
+    def _leave_out(self, names: Sequence[str], why: str) -> None:
+        for name in names:
+            print(f"left out: {self.name}: {name}: {why}", flush=True)
+            self.result["left_out"][name] = why
+        self._journal.write()
+
+    def _now(self, what: str) -> None:
+        self._journal.now(f"{self.name}: {what}")

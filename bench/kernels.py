@@ -10,8 +10,9 @@ Per case (an operation at a shape) the arms are checked against float64, then ti
 GB/s and TFLOP/s are what the operation must move and compute, see `kernel_arms.py`, over p50: an
 arm that moves more has that much less. The floor of a case is the longer of bytes over the
 measured copy bandwidth and operations over the measured matrix rate; `roofline_share` is floor
-over p50, `copy_share` the same for bytes alone. `noise` is what two timings of our own arm, taken
-in turn with the others, differ by.
+over p50. Bytes alone, over p50, are also given as `copy_bandwidth_share`, of that measured
+bandwidth, and as `nominal_bandwidth_share`, of the data sheet's, where the card is known. `noise`
+is what two timings of our own arm, taken in turn with the others, differ by.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from typing import Any
 
 import torch
 
+from ..interp.output import replacing
 from ..kernels.language import HAS_TRITON
 from . import rivals
 from .kernel_arms import BY_NAME, COMPILED, DTYPES, EAGER, OURS, Cost
 from .kernel_checks import Checker, RedCheck
 from .kernel_plot import plot
-from .report import RESULTS, emit, environment
+from .report import RESULTS, bandwidth_shares, emit, environment
 from .rivals import Arm
 from .shapes import Case, cases
 from .timing import (
@@ -46,11 +48,13 @@ from .timing import (
 
 COLUMNS = (
     "op variant shape used_by dtype arm how p20_ms p50_ms p80_ms rounds bytes operations "
-    "gb_per_s tflop_per_s copy_share bound roofline_share peak_extra_bytes noise hardware commit"
+    "gb_per_s tflop_per_s copy_bandwidth_share nominal_bandwidth_share bound roofline_share "
+    "peak_extra_bytes noise hardware commit"
 ).split()
 SECONDS_PER_CASE = {"cuda": 0.5, "cpu": 2.0}
 SECONDS_FOR_RATES = 2.0
 AGAIN = "shardlens again"
+FLOORS = {"bytes": "measured copy bandwidth", "operations": "the measured matrix rate"}
 LEFT_OUT_WIDTH = 160  # of an error's text
 Row = dict[str, Any]
 
@@ -121,6 +125,7 @@ def measure(
         _names(case)
         | {"arm": name}
         | _figures(times[name], cost, bench.rates)
+        | _shares(cost.bytes / times[name].p50_ms * 1e3, bench)
         | {"peak_extra_bytes": peaks[name], "noise": round(noise, 4)}
         for name in arms
     ]
@@ -176,20 +181,28 @@ def _figures(times: Times, cost: Cost, rates: Rates) -> Row:
         "operations": cost.operations,
         "gb_per_s": round(cost.bytes / seconds / 1e9, 3),
         "tflop_per_s": round(cost.operations / seconds / 1e12, 6),
-        "copy_share": round(moving / seconds, 4),
         "bound": "bytes" if moving >= computing else "operations",
         "roofline_share": round(max(moving, computing) / seconds, 4),
     }
 
 
+def _shares(bytes_per_s: float, bench: Bench) -> Row:
+    shares = bandwidth_shares(bytes_per_s, bench.rates.copy_bytes_per_s, bench.device)
+    return {name: None if share is None else round(share, 4) for name, share in shares.items()}
+
+
 def print_case(case: Case, rows: Sequence[Row]) -> None:
     print(f"{case.label}   [{' '.join(case.used_by)}]")
     for row in rows:
-        peak = row["peak_extra_bytes"]
+        peak, nominal = row["peak_extra_bytes"], row["nominal_bandwidth_share"]
+        if nominal is None or row["bound"] != "bytes":
+            of_nominal = ""
+        else:
+            of_nominal = f", {nominal:.1%} of nominal bandwidth"
         print(
             f"  {row['arm']:12} {row['p50_ms']:10.4f} ms ({row['p20_ms']:.4f} to "
             f"{row['p80_ms']:.4f}) {row['gb_per_s']:9.1f} GB/s {row['tflop_per_s']:9.3f} TFLOP/s "
-            f"{row['roofline_share']:7.1%} of the {row['bound']} floor  "
+            f"{row['roofline_share']:7.1%} of {FLOORS[row['bound']]}{of_nominal}  "
             f"{'?' if peak is None else f'{peak / 2**20:.1f}':>7} MiB  {row['how']}",
             flush=True,
         )
@@ -203,7 +216,6 @@ def label_of(row: Row) -> str:
 def summary(bench: Bench, name: str) -> dict[str, Any]:
     """The result as one JSON object: head, rates, and per case its p50 and share by arm."""
     by_case: dict[str, Row] = {}
-    noise = [row["noise"] for row in bench.rows if row["arm"] == OURS]
     for row in bench.rows:
         case = by_case.setdefault(label_of(row), {"p50_ms": {}, "roofline_share": {}})
         for figure in case:
@@ -213,18 +225,26 @@ def summary(bench: Bench, name: str) -> dict[str, Any]:
         "environment": full_environment(),
         "device": bench.device.type,
         "paths": paths_text(bench.device),
-        "copy_gb_per_s": round(bench.rates.copy_bytes_per_s / 1e9, 2),
-        "matrix_tflop_per_s": round(bench.rates.matrix_flop_per_s / 1e12, 3),
-        "noise_median": round(statistics.median(noise), 4) if noise else None,
-        "noise_worst": max(noise) if noise else None,
+        **rates_and_noise(bench),
         "cases": by_case,
         "left_out": bench.left_out,
         "skipped": bench.skipped,
     }
 
 
+def rates_and_noise(bench: Bench) -> dict[str, Any]:
+    """What the figures are held against, and how far to trust them."""
+    noise = [row["noise"] for row in bench.rows if row["arm"] == OURS]
+    return {
+        "copy_gb_per_s": round(bench.rates.copy_bytes_per_s / 1e9, 2),
+        "matrix_tflop_per_s": round(bench.rates.matrix_flop_per_s / 1e12, 3),
+        "noise_median": round(statistics.median(noise), 4) if noise else None,
+        "noise_worst": max(noise) if noise else None,
+    }
+
+
 def write_csv(bench: Bench, result: dict[str, Any], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         where = {name: result["environment"][name] for name in ("hardware", "commit")}

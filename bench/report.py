@@ -12,7 +12,21 @@ from typing import Any
 
 import torch
 
+from ..interp.output import write_json
+from ..model.plan import GPUS
+
 RESULTS = Path(__file__).parent / "results"
+# Names that drivers give to the cards whose data sheet `GPUS` quotes. Others of the family (PCIe,
+# NVL) have other memory, so that a name must match whole.
+CARDS = {
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA RTX A6000": "rtx-a6000",
+}
 
 
 def environment() -> dict[str, Any]:
@@ -25,6 +39,27 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
+    }
+
+
+def nominal_bandwidth_bytes_per_s(device_name: str) -> float | None:
+    """Of the memory, from the card's data sheet; None for a card that is not known."""
+    known = CARDS.get(device_name)
+    return None if known is None else GPUS[known].bandwidth_bytes_per_s
+
+
+def bandwidth_shares(
+    bytes_per_s: float, copy_bytes_per_s: float, device: torch.device
+) -> dict[str, float | None]:
+    """Of what a copy on this machine was measured to move, and of the card's data sheet.
+
+    A copy reaches about nine tenths of the latter, so a figure says which of the two it is of.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    nominal = nominal_bandwidth_bytes_per_s(name)
+    return {
+        "copy_bandwidth_share": bytes_per_s / copy_bytes_per_s,
+        "nominal_bandwidth_share": None if nominal is None else bytes_per_s / nominal,
     }
 
 
@@ -54,8 +89,7 @@ def emit(result: dict[str, Any], save_as: str | None) -> None:
     print(json.dumps(result))
     if save_as is not None:
         RESULTS.mkdir(exist_ok=True)
-        text = json.dumps(result, indent=1) + "\n"
-        (RESULTS / f"{save_as}.json").write_text(text, encoding="utf-8")
+        write_json(RESULTS / f"{save_as}.json", result)
 
 
 def resident_bytes(field: str) -> int:

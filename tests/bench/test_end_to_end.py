@@ -12,7 +12,16 @@ from oracles import SMALL
 from torch import Tensor
 
 from shardlens.bench import end_to_end, scaling
-from shardlens.bench.arm_measures import Setup, _uncached, peak_bytes
+from shardlens.bench.arm_measures import (
+    LENS,
+    PAPER,
+    PLAIN,
+    STEERED,
+    Setup,
+    _uncached,
+    measure_times,
+    peak_bytes,
+)
 from shardlens.bench.baselines import ArmOutput
 from shardlens.bench.end_to_end_checks import disagreement, problems
 from shardlens.bench.end_to_end_report import print_result, verdicts
@@ -32,26 +41,30 @@ def model() -> Transformer:
 
 
 def test_checks_are_green_and_can_be_red(model: Transformer) -> None:
-    arms = end_to_end.arms_of(model, SETUP)
+    arms = end_to_end.arms_of(model)
     prompt = SETUP.prompt(CONFIG.vocab_size)
-    assert problems(model, arms, prompt, 4, 5) == []
+    assert problems(model, arms, prompt, 4, 5) == {}
 
     def other_lens(*args: Any) -> ArmOutput:
-        right = arms["6 shardlens lens"](*args)
+        right = arms[LENS](*args)
         assert right.lens_ids is not None
         ids = right.lens_ids.clone()
         ids[1, 2, 0] += 1
         return dataclasses.replace(right, lens_ids=ids)
 
     def other_text(*args: Any) -> ArmOutput:
-        right = arms["5 shardlens"](*args)
+        right = arms[PLAIN](*args)
         return dataclasses.replace(right, token_ids=right.token_ids[::-1])
 
-    red = problems(model, {**arms, "4 paper's method": other_lens}, prompt, 4, 5)
-    assert red == ["4 paper's method: top-1 of new token 1 at layer 2"]
-    assert problems(model, {**arms, "5 shardlens": other_text}, prompt, 4, 5) != []
-    unmoved = {**arms, "7 shardlens lens steered": arms["6 shardlens lens"]}
-    assert "steering has no effect" in problems(model, unmoved, prompt, 4, 5)
+    wrong = ["top-1 of new token 1 at layer 2"]
+    for name in (PAPER, LENS):  # said of the arm that is wrong, and of no other
+        assert problems(model, {**arms, name: other_lens}, prompt, 4, 5) == {name: wrong}
+    red = problems(model, {**arms, PLAIN: other_text}, prompt, 4, 5)
+    assert red == {name: ["the lens changes the text"] for name in (PLAIN, LENS)}
+    unmoved = {**arms, STEERED: arms[LENS]}
+    red = problems(model, unmoved, prompt, 4, 5)
+    assert list(red) == [STEERED] and red[STEERED][0] == "steering has no effect"
+    assert "against hooks" in red[STEERED][1]
 
 
 def test_near_ties_are_no_disagreement() -> None:
@@ -81,14 +94,29 @@ def test_a_whole_run(
     assert len(result["arms"]) + len(result["left_out"]) == N_ARMS + 1  # and a variant of one
     assert result["arms"]["1 baseline"]["extrapolated"]
     claims = {claim["claim"]: claim for claim in result["claims"]}
-    speed = [result["arms"][name]["tokens_per_s"] for name in ("6 shardlens lens", "5 shardlens")]
+    speed = [result["arms"][name]["tokens_per_s"] for name in (LENS, PLAIN)]
     assert claims["speed with lens over without"]["figure"] == speed[0] / speed[1]
-    assert "NOT MET" in capsys.readouterr().out or all(
-        c["met"] is not False for c in claims.values()
-    )
+    printed = capsys.readouterr().out
+    assert "NOT MET" in printed or all(c["met"] is not False for c in claims.values())
     low = {**result, "arms": {**result["arms"]}}
-    low["arms"]["6 shardlens lens"] = {**low["arms"]["6 shardlens lens"], "tokens_per_s": 1e-9}
+    low["arms"][LENS] = {**low["arms"][LENS], "tokens_per_s": 1e-9}
     assert not verdicts(low)[0]["met"]
+    # shares say what they are of
+    moved_per_s = speed[1] * result["moved_bytes_per_token"]
+    plain = result["arms"][PLAIN]
+    assert plain["copy_bandwidth_share"] == moved_per_s / (1e9 * result["copy_gb_per_s"])
+    assert plain["nominal_bandwidth_share"] is None  # of a CPU no data sheet is known
+    assert "copy bandwidth" in printed and "of nominal" in printed
+    assert claims["share of measured copy bandwidth without lens"]["target"] is None
+    rivals_alone = {**result, "arms": {PAPER: result["arms"][PAPER]}}
+    assert verdicts(rivals_alone) == []
+    known = {**result, "device": "cuda"}
+    known["arms"] = {PLAIN: {**plain, "copy_bandwidth_share": 0.8, "nominal_bandwidth_share": 0.7}}
+    targets = {claim["claim"]: claim["target"] for claim in verdicts(known)}
+    assert targets == {
+        "share of measured copy bandwidth without lens": 0.75,
+        "share of nominal bandwidth without lens": None,
+    }
 
 
 def test_extrapolation_is_a_sum_over_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +129,24 @@ def test_extrapolation_is_a_sum_over_lengths(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(arm_measures, "timed", linear)
     found = _uncached(lambda *args: None, SETUP, 509)  # type: ignore[arg-type, return-value]
     assert found["tokens_per_s"] == pytest.approx(6 / sum(range(9, 15)))
+
+
+def test_figures_are_handed_over_as_soon_as_they_are_there() -> None:
+    ran: list[str] = []
+
+    def arm(name: str) -> Any:
+        def run(prompt: list[int], n: int, k: int, on_token: Any) -> None:
+            ran.append(name)
+            on_token(1)
+
+        return run
+
+    seen: list[tuple[str, int]] = []
+    arms = {name: arm(name) for name in ("a", "b")}
+    setup = dataclasses.replace(SETUP, rounds=2)
+    measure_times(arms, setup, 509, lambda name, figures: seen.append((name, len(ran))))
+    assert ran == ["a", "b", "b", "a"]
+    assert seen == [("a", 1), ("b", 2), ("b", 3), ("a", 4)]
 
 
 def test_published_shapes() -> None:

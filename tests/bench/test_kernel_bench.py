@@ -12,11 +12,17 @@ import pytest
 import torch
 
 from shardlens.bench import kernels, rivals, timing
-from shardlens.bench.gpu import ODD_CASES, odd_checks
-from shardlens.bench.gpu_claims import Claim, bandwidth_share, claims, rival_ratio, verdicts
-from shardlens.bench.gpu_suite import _tested_by
+from shardlens.bench.gpu_claims import (
+    Claim,
+    bandwidth_share,
+    claims,
+    memory_mib,
+    rival_ratio,
+    verdicts,
+)
+from shardlens.bench.gpu_kernels import ODD_CASES, odd_checks
 from shardlens.bench.kernel_arms import BY_NAME, OURS
-from shardlens.bench.kernel_checks import Checker, RedCheck
+from shardlens.bench.kernel_checks import FLOAT_SLACK, Checker, RedCheck, float_slack
 from shardlens.bench.kernels import COLUMNS, Bench, arms_of, measure
 from shardlens.bench.shapes import GRIDS, MODELS, OPS, Case, cases
 from shardlens.bench.timing import Rates, interleaved, peak_extra_bytes, set_count
@@ -122,6 +128,9 @@ def test_small_grid_runs(op: str, bench: Bench) -> None:
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / seconds / 1e9, rel=0.01, abs=1e-3)
         floor = max(row["bytes"] / 1e10, row["operations"] / 1e11)
         assert row["roofline_share"] == pytest.approx(floor / seconds, rel=0.01, abs=1e-4)
+        of_copy = row["bytes"] / seconds / 1e10
+        assert row["copy_bandwidth_share"] == pytest.approx(of_copy, rel=0.01, abs=1e-4)
+        assert row["nominal_bandwidth_share"] is None  # of a CPU no data sheet is known
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -159,6 +168,34 @@ def test_a_red_check_refuses_to_report(
         with pytest.raises(RedCheck, match=f"{op} .*: {wrong} misses float64"):
             measure(bench, case, seconds=0.01, compiled=False)
     assert not bench.rows
+
+
+def test_float_results_may_miss_what_tensor_cores_truncate() -> None:
+    """Half a unit in the last place for every 16 columns; more than that is red."""
+
+    def head(d: int) -> Case:
+        return Case("head_stats", {"rows": 2, "d": d, "V": 64, "k": 1})
+
+    assert float_slack(head(8192)) == pytest.approx(8192 / 16 * 2**-24)
+    assert float_slack(head(512)) == FLOAT_SLACK
+    assert float_slack(replace(TINY["rmsnorm_steer"], sizes={"rows": 2, "d": 8192})) == FLOAT_SLACK
+    case = head(8192)
+    given = BY_NAME["head_stats"].make(case, CPU)
+    checker = Checker(case, given)
+    x, weight = given["x"].double(), given["weight"].double()
+
+    def off_by(share: float) -> str | None:
+        def arm(_: Any) -> tuple[torch.Tensor, ...]:
+            z = x @ weight.T
+            z = (z - share * z.abs().amax(-1, keepdim=True)).float()
+            log_probs = z.log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            return (*z.topk(1), z.logsumexp(-1), entropy)
+
+        return checker.problem(OURS, arm)
+
+    assert off_by(0.9 * float_slack(case)) is None
+    assert "values misses float64" in str(off_by(4 * float_slack(case)))
 
 
 def test_what_is_not_written_or_moves_is_red() -> None:
@@ -261,7 +298,7 @@ def test_bad_input_is_refused(
 def test_claims_are_decided_by_the_worst_case() -> None:
     def rows(label: int, ours_ms: float, rival_ms: float, share: float) -> list[dict[str, Any]]:
         row = {"op": "swiglu", "variant": "", "shape": f"rows={label} f=2", "noise": 0.01}
-        ours = row | {"arm": OURS, "p50_ms": ours_ms, "copy_share": share}
+        ours = row | {"arm": OURS, "p50_ms": ours_ms, "copy_bandwidth_share": share}
         return [ours, row | {"arm": "eager", "p50_ms": rival_ms}]
 
     shapes = [Case("swiglu", {"rows": n, "f": 2}) for n in (1, 2)]
@@ -277,6 +314,11 @@ def test_claims_are_decided_by_the_worst_case() -> None:
     assert [v.met for v in verdicts(made, bad, decides=True)] == [False, False]
     assert all(v.met is None for v in verdicts(made, good + bad, decides=False))
     assert [v.figure for v in verdicts(made, [], decides=True)] == [None, None]
+    memory = [Claim("memory", shapes[:1], memory_mib, 12, below=True, unit=" MiB")]
+    for mib, met in ((11, True), (13, False)):
+        ours = {**good[0], "peak_extra_bytes": mib * 2**20}
+        (verdict,) = verdicts(memory, [ours, good[1]], decides=True)
+        assert (verdict.met, verdict.figure, verdict.target) == (met, mib, "below 12 MiB")
 
 
 def test_gpu_claims_and_checks_cover_the_operations() -> None:
@@ -284,4 +326,3 @@ def test_gpu_claims_and_checks_cover_the_operations() -> None:
     assert claimed == {"rmsnorm_steer", "head_stats", "decode_attention"}
     assert {case.op for case in ODD_CASES} == {*OPS}
     assert odd_checks(CPU) == {}
-    assert _tested_by("test_head_stats_kernel") == "head_stats" and _tested_by("test_x") == "test_x"
