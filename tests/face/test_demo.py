@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from tolerances import LENS, LOGITS_RELATIVE
 
 import shardlens
+from shardlens.bench.compiled import CHIPS
+from shardlens.kernels.head_cut import cut, extra_bytes
 from shardlens.model.access import Capture
 from shardlens.model.edit_table import EditTable
 from shardlens.model.load import DEMO
@@ -20,6 +23,8 @@ from shardlens.parallel.group import TensorParallel
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "The capital of Norvia is"
+# Shared memory that a block may ask for, by compute capability (CUDA C++ Programming Guide)
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 QUESTIONS = sorted(DEMO.glob("dispositions-*.jsonl"))
 
 
@@ -160,8 +165,60 @@ def test_readme_says_what_was_measured() -> None:
         shape = f"{row['dtype']}, {row['vocab']:,}"
         assert f"| {shape} | {row['time_ratio']:.2f} | {ours:.1f} | {full:.1f} |" in readme
     built = json.loads((ROOT / "bench/results/compiled.json").read_text())["kernels"]
-    assert {kernel["capability"] for kernel in built} == {80, 90, 100}
+    assert {kernel["capability"] for kernel in built} == set(SHARED_KIB)
+    assert all(f"sm_{capability}" in readme for capability in SHARED_KIB)
     assert not any(kernel["spills"] for kernel in built) and "spills no registers" in readme
+    for kernel in built:
+        assert kernel["shared_bytes"] <= 1024 * SHARED_KIB[kernel["capability"]]
+
+
+def test_readme_says_what_the_head_takes_on_a_gpu() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+
+    def sizes(rows: int) -> tuple[int, int]:
+        """Of what an H100 allocates, and of logits."""
+        work = cut(rows, 128_256, 1, 5, torch.bfloat16, CHIPS[90], bulk=True)
+        own = extra_bytes(rows, work.shares, work.programs, 5, work.configs[0])
+        return own, 2 * rows * 128_256
+
+    for rows in (1, 64):
+        own, logits = (f"{size / 1e6:.1f} MB" for size in sizes(rows))
+        named = f"{rows} row" + "s" * (rows > 1)
+        assert re.search(rf"{own} at {named}, where (logits|they) take {logits}", readme)
+    own_bytes, logits_bytes = sizes(4096)
+    assert f"{own_bytes / 1e6:.1f} MB at 4,096 rows, {own_bytes / logits_bytes:.2%} of" in readme
+
+
+def test_readme_says_how_far_rank_counts_differ() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for file, name in (
+        ("rank-agreement", "demo"),
+        ("rank-agreement-extra-smollm2", "SmolLM2-135M"),
+    ):
+        assert f"bench/results/{file}.json" in readme
+        result = json.loads((ROOT / f"bench/results/{file}.json").read_text())
+        assert result["model"].startswith(name) and result["new_tokens"] == 32
+        assert len(result["prompts"]) == 8 and result["top_k"] == 5
+        largest = 0.0
+        for row in result["rows"]:
+            if row["dtype"] == "float32":
+                assert row["texts_that_differ"] == 0
+                largest = max(largest, row["lens_topk_nats"]["largest"])
+                continue
+            by_ranks = row["against"] == {"dtype": "bfloat16", "ranks": 1}
+            assert by_ranks or row["against"] == {"dtype": "float32", "ranks": 1}
+            compared = f"{row['ranks']} ranks and 1" if by_ranks else "1 rank and its float32"
+            output, lens = (
+                f"{row[what]['mean']:.3f}, {row[what]['largest']:.2f}"
+                for what in ("output_top1_nats", "lens_topk_nats")
+            )
+            assert (
+                f"| {name} | {compared} | {row['texts_that_differ']} of {row['texts']} | "
+                f"{output} | {lens} | {row['lens_top1_differs_share']:.1%} |"
+            ) in readme
+        if name == "demo":
+            assert [row["ranks"] for row in result["rows"]] == [2, 4, 2, 4, 1]
+            assert f"by more than {largest:.5f} nats" in readme
 
 
 def test_readme_says_how_fast_generation_was() -> None:
