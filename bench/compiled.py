@@ -159,6 +159,13 @@ def _compile(
     )
 
 
+def triton_version() -> str:
+    import triton
+
+    version: str = triton.__version__
+    return version
+
+
 def _dump(flag: str, file: str) -> str:
     import triton
 
@@ -188,7 +195,7 @@ def main() -> None:
             )
     result = {
         "benchmark": "compiled",
-        "environment": environment(),
+        "environment": environment() | {"triton": triton_version()},
         "kernels": [asdict(built) for built in results],
     }
     emit(result, arguments.save)

@@ -135,6 +135,19 @@ def _sort_winners(
 
 
 @triton.jit
+def load_step(x, w, row, id_, inside, column, d, x_stride, w_stride, EVEN_D: tl.constexpr):
+    """Columns [BD] of rows of x [BR, BD], 0 where a row is not inside, and of W [BV, BD]."""
+    at_x = x + row[:, None] * x_stride + column[None, :]
+    at_w = w + id_[:, None] * w_stride + column[None, :]
+    if EVEN_D:
+        return tl.load(at_x, mask=inside[:, None], other=0), tl.load(at_w)
+    else:
+        in_d = (column < d)[None, :]
+        a = tl.load(at_x, mask=inside[:, None] & in_d, other=0)
+        return a, tl.load(at_w, mask=in_d, other=0)
+
+
+@triton.jit
 def head_kernel(
     x,  # [R, d], or its descriptor
     w,  # [Vs, d], or its descriptor
@@ -206,15 +219,7 @@ def head_kernel(
                     a = x.load([first_row, at])
                     b = w.load([begin, at])
                 else:
-                    at_x = x + row[:, None] * x_stride + column[None, :]
-                    at_w = w + id_[:, None] * w_stride + column[None, :]
-                    if EVEN_D:
-                        a = tl.load(at_x, mask=inside[:, None], other=0)
-                        b = tl.load(at_w)
-                    else:
-                        in_d = (column < d)[None, :]
-                        a = tl.load(at_x, mask=inside[:, None] & in_d, other=0)
-                        b = tl.load(at_w, mask=in_d, other=0)
+                    a, b = load_step(x, w, row, id_, inside, column, d, x_stride, w_stride, EVEN_D)
                 if not NORMED:
                     weights = tl.load(norm_weight + column * norm_stride, mask=column < d, other=0)
                     a = (a.to(tl.float32) * weights.to(tl.float32)[None, :]).to(a.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .head_stats import MOST_REGISTERS, cut_of, runs_kernel
-from .head_stats_kernel import dot_precision
+from .head_stats_kernel import dot_precision, load_step
 from .head_stats_reference import EPS, ROW_BLOCK
 from .language import tl, triton
 from .launch import launch
@@ -68,15 +68,7 @@ def _target_kernel(
     acc = tl.zeros([BR, BR], tl.float32)
     for at in range(0, d, BD):
         column = at + tl.arange(0, BD)
-        at_x = x + row[:, None] * x_stride + column[None, :]
-        at_w = w + id_[:, None] * w_stride + column[None, :]
-        if EVEN_D:
-            a = tl.load(at_x, mask=inside[:, None], other=0)
-            b = tl.load(at_w)
-        else:
-            in_d = (column < d)[None, :]
-            a = tl.load(at_x, mask=inside[:, None] & in_d, other=0)
-            b = tl.load(at_w, mask=in_d, other=0)
+        a, b = load_step(x, w, row, id_, inside, column, d, x_stride, w_stride, EVEN_D)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
     own = tl.sum(tl.where(slot[:, None] == slot[None, :], acc, 0.0), 1)
     there = tl.load(is_here + row, mask=inside, other=0)
