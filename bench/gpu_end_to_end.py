@@ -24,7 +24,7 @@ from ..model.load import default_device
 from ..model.plan import check_fits, device_memory_bytes, plan
 from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
-from . import gpu_tests
+from . import gpu_suite
 from .arm_measures import OWN, PAPER, TOP_K, UNCACHED, Run, Setup, measure_times, timed
 from .end_to_end import (
     CHECKED_TOKENS,
@@ -69,14 +69,14 @@ def run(journal: Journal, deadline: float, truth: Path | None, shapes: Sequence[
 
 
 def check_captured_steps(journal: Journal, deadline: float, truth: Path | None) -> None:
-    files = [gpu_tests.CAPTURED_TESTS]
-    known = None if truth is None else gpu_tests.results_of(truth, files)
+    files = [gpu_suite.CAPTURED_TESTS]
+    known = None if truth is None else gpu_suite.results_of(truth, files)
     if known is None:
         now = time.monotonic()
-        with gpu_tests.TestRun(files) as tests:
-            known = tests.wait(now + TEST_SHARE * (deadline - now), gpu_tests.print_result)
+        with gpu_suite.TestRun(files) as tests:
+            known = tests.wait(now + TEST_SHARE * (deadline - now), gpu_suite.print_result)
     journal.record(tests=known)
-    for what, failed in gpu_tests.red_of(known).items():
+    for what, failed in gpu_suite.red_of(known).items():
         journal.add_red(what, *failed)
 
 
@@ -157,7 +157,7 @@ class Shape:
     @torch.inference_mode()
     def measure_own(self) -> None:
         """By turns, each held against transformers before."""
-        red = self._journal.content["red"].get(gpu_tests.CAPTURED_STEPS)
+        red = self._journal.content["red"].get(gpu_suite.CAPTURED_STEPS)
         if red:
             self._leave_out(OWN, f"tests of captured steps are red: {', '.join(red)}")
             return

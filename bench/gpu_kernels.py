@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ..model.load import default_device
-from . import gpu_tests
+from . import gpu_suite
 from .gpu_claims import Claim, claims, print_verdicts, shrunken, verdicts
 from .gpu_journal import Journal, first_line
 from .kernel_arms import BY_NAME, DTYPES, OURS
@@ -60,16 +60,16 @@ def run(journal: Journal, deadline: float, truth: Path | None) -> None:
 
 
 def check(journal: Journal, device: torch.device, deadline: float, truth: Path | None) -> None:
-    files = gpu_tests.kernel_files()
-    known = None if truth is None else gpu_tests.results_of(truth, files)
-    with gpu_tests.TestRun([] if known is not None else files) as tests:
+    files = gpu_suite.kernel_files()
+    known = None if truth is None else gpu_suite.results_of(truth, files)
+    with gpu_suite.TestRun([] if known is not None else files) as tests:
         for op, problem in odd_checks(device).items():
             journal.add_red(op, problem)
         if known is None:
             now = time.monotonic()
-            known = tests.wait(now + TEST_SHARE * (deadline - now), gpu_tests.print_result)
+            known = tests.wait(now + TEST_SHARE * (deadline - now), gpu_suite.print_result)
     journal.record(tests=known)
-    for op, failed in gpu_tests.red_of(known).items():
+    for op, failed in gpu_suite.red_of(known).items():
         journal.add_red(op, *failed)
     for op in OPS:
         print(f"check {op}: {'RED' if op in journal.content['red'] else 'green'}", flush=True)

@@ -1,4 +1,4 @@
-"""Calls of the head and of attention, small enough to run under NVIDIA's compute-sanitizer.
+"""Small calls of the head, with all that it can be asked, and of attention, for compute-sanitizer.
 
 python -m shardlens.bench.gpu_sanitized
 compute-sanitizer --tool racecheck python -m shardlens.bench.gpu_sanitized
@@ -10,6 +10,8 @@ import torch
 
 from ..kernels.decode_attention import decode_attention
 from ..kernels.head_stats import head_stats
+from ..kernels.head_stats_reference import Noise, Target
+from ..kernels.target_logits import target_logits
 from ..model.load import default_device
 from .timing import synchronize
 
@@ -28,9 +30,13 @@ def main() -> None:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     for rows in ROWS:
-        stats = head_stats(new(rows, D), new(N_IDS, D) * D**-0.5, k=TOP_K)
+        x, weight = new(rows, D), new(N_IDS, D) * D**-0.5
+        ids = torch.arange(rows, device=device)
+        target = Target(ids, *target_logits(x, weight, ids).unbind(-1))
+        noise = Noise(ids[:1], ids[:1], place=rows - 1)
+        stats = head_stats(x, weight, k=TOP_K, target=target, group_size=rows, noise=noise)
         synchronize(device)
-        assert stats.values.isfinite().all()
+        assert stats.values.isfinite().all() and stats.key_logits.isfinite().all()
     keys, values = (new(BATCH, KV_HEADS, CAPACITY, HEAD_DIM) for _ in range(2))
     lengths = torch.tensor(LENGTHS, device=device)
     out = decode_attention(new(BATCH, HEADS, HEAD_DIM), keys, values, lengths)

@@ -21,7 +21,7 @@ from ..kernels.launch import chosen_configs
 from ..model.load import default_device
 from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
-from . import gpu_tests
+from . import gpu_suite
 from .gpu_journal import Journal
 from .gpu_process import Group, ended
 from .gpu_steps import PLAIN, VARIANTS, captured_against_eager, step_times
@@ -54,14 +54,14 @@ def run(journal: Journal, deadline: float) -> None:
 def run_tests(journal: Journal, deadline: float) -> None:
     found: dict[str, Any] = journal.content.setdefault("tests", {})
 
-    def on_file(name: str, result: gpu_tests.FileResult) -> None:
-        gpu_tests.print_result(name, result)
+    def on_file(name: str, result: gpu_suite.FileResult) -> None:
+        gpu_suite.print_result(name, result)
         found[name] = result
         journal.write()
 
-    with gpu_tests.TestRun([gpu_tests.CAPTURED_TESTS, *gpu_tests.kernel_files()]) as tests:
+    with gpu_suite.TestRun([gpu_suite.CAPTURED_TESTS, *gpu_suite.kernel_files()]) as tests:
         tests.wait(deadline, on_file)
-    for what, failed in gpu_tests.red_of(found).items():
+    for what, failed in gpu_suite.red_of(found).items():
         journal.add_red(what, *failed)
 
 

@@ -33,9 +33,9 @@ FEW: dict[int, tuple[Config, ...]] = {
         Config((16, 128, 128, 64, 0), 4, 4),
         Config((16, 128, 64, 64, 0), 4, 4),
     ),
-    32: (Config((32, 128, 128, 32, 1), 4, 4), Config((32, 128, 64, 32, 0), 4, 4)),
+    32: (Config((32, 128, 64, 32, 1), 4, 6), Config((32, 128, 64, 32, 0), 4, 4)),
     64: (Config((64, 256, 64, 32, 1), 8, 4), Config((64, 128, 64, 32, 0), 8, 4)),
-    128: (Config((128, 128, 64, 16, 1), 8, 4), Config((128, 64, 64, 16, 0), 8, 3)),
+    128: (Config((128, 128, 64, 16, 1), 8, 4), Config((128, 64, 32, 16, 0), 8, 4)),
 }
 MANY = (Config((128, 128, 64, 16, 1), 8, 4),)
 # Twice the ids per tile, for fewer loads per operation; elsewhere than on Hopper it spills.
@@ -47,7 +47,7 @@ MANY_WITHOUT_BULK = (Config((128, 64, 64, 16, 0), 8, 3),)
 FLOAT32 = {
     16: Config((16, 64, 64, 32, 0), 4, 3),
     32: Config((32, 64, 32, 32, 0), 4, 3),
-    64: Config((64, 32, 32, 32, 0), 4, 3),
+    64: Config((64, 32, 32, 16, 0), 4, 3),
     128: Config((128, 32, 32, 16, 0), 8, 3),
 }
 INTERPRETED = (128, 64, 64, 0)

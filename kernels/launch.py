@@ -9,7 +9,7 @@ that give the same bits are offered together: a timing must never decide what a 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -152,7 +152,8 @@ def choose(
     if (key, device) not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return configs[0]
-        times = {config: _device_ms(partial(run, config)) for config in configs}
+        with nullcontext() if device.index is None else torch.cuda.device(device):
+            times = {config: _device_ms(partial(run, config)) for config in configs}
         known = {config: ms for config, ms in times.items() if ms is not None}
         is_timed = len(known) == len(configs)
         _chosen[key, device] = min(known, key=lambda c: known[c]) if is_timed else configs[0]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from shardlens.bench import gpu_tests
+from shardlens.bench import gpu_suite
 from shardlens.bench.gpu_process import ENVIRONMENT, Group
-from shardlens.bench.gpu_tests import (
+from shardlens.bench.gpu_suite import (
     CAPTURED_STEPS,
     CAPTURED_TESTS,
     KERNEL_TESTS,
@@ -138,7 +138,7 @@ def test_a_file_that_hangs_is_ended_with_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its results until then are kept; being late is not red."""
-    monkeypatch.setattr(gpu_tests.os, "cpu_count", lambda: 1)  # so that the second waits
+    monkeypatch.setattr(gpu_suite.os, "cpu_count", lambda: 1)  # so that the second waits
     pid_file = tmp_path / "pid"
     files = [tmp_path / "test_hangs.py", tmp_path / "test_waits.py"]
     files[0].write_text(HANGS.format(pid=str(pid_file)))

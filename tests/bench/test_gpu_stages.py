@@ -17,7 +17,7 @@ from shardlens.bench.arm_measures import LENS, ORACLE, OWN, PAPER, PAPER_BY_LAYE
 from shardlens.bench.gpu_claims import Claim, bandwidth_share
 from shardlens.bench.gpu_journal import Journal
 from shardlens.bench.gpu_steps import PLAIN, VARIANTS, captured_against_eager, step_times
-from shardlens.bench.gpu_tests import CAPTURED_STEPS, kernel_files
+from shardlens.bench.gpu_suite import CAPTURED_STEPS, kernel_files
 from shardlens.bench.kernel_checks import RedCheck
 from shardlens.bench.kernels import Bench, measure
 from shardlens.bench.models import random_model
