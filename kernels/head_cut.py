@@ -42,7 +42,7 @@ MANY = (Config((128, 128, 64, 16, 1), 8, 4),)
 MANY_ON_HOPPER = (Config((128, 256, 64, 32, 1), 8, 3),)
 # The registers of Ampere hold as much, without bulk loads; those of the chips after it spill.
 MANY_ON_AMPERE = (Config((128, 128, 64, 16, 0), 8, 4),)
-MANY_WITHOUT_BULK = (Config((128, 64, 64, 16, 0), 8, 3),)
+MANY_WITHOUT_BULK = FEW[128][1:]
 # Products of float32 are three of tf32, whose operands take registers too.
 FLOAT32 = {
     16: Config((16, 64, 64, 32, 0), 4, 3),

@@ -24,7 +24,7 @@ def test_against_float64(
     exact = (x.double() * weight[ids].double()).sum(-1)
     plain = target_logits_reference(x, weight, ids)
     pair = (found[:, 0].reshape(1, -1), plain[:, 0].reshape(1, -1), exact.reshape(1, -1))
-    assert_as_good(*pair, lost=tensor_core_slack(d, dtype))
+    assert_as_good(*pair, lost=tensor_core_slack(d, dtype) if either == "triton" else 0)
     assert (found[:, 1] == (0 if either == "triton" else plain[:, 1])).all()
 
 
