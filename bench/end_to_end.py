@@ -29,7 +29,7 @@ import torch
 
 from ..model.config import ModelConfig
 from ..model.engine import Engine
-from ..model.plan import plan
+from ..model.plan import Plan, plan
 from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
 from .arm_measures import (
@@ -63,13 +63,13 @@ SECONDS_FOR_RATES = 2.0
 OTHER_DTYPE = "the weights are held in the other dtype"
 
 
-def arms_of(model: Transformer) -> dict[str, Run]:
+def all_runs(model: Transformer) -> dict[str, Run]:
     """On several ranks only our own: the others run on one."""
-    own = own_arms(model)
-    return own if model.parallel.size > 1 else {**rival_arms(model), **own}
+    own = shardlens_runs(model)
+    return own if model.parallel.size > 1 else {**rival_runs(model), **own}
 
 
-def own_arms(model: Transformer) -> dict[str, Run]:
+def shardlens_runs(model: Transformer) -> dict[str, Run]:
     steering = random_steering(model)
     return {
         PLAIN: OwnArm(model).run,
@@ -78,7 +78,7 @@ def own_arms(model: Transformer) -> dict[str, Run]:
     }
 
 
-def rival_arms(model: Transformer) -> dict[str, Run]:
+def rival_runs(model: Transformer) -> dict[str, Run]:
     hf = as_transformers(model)
     return {
         baseline_name(model.dtype): FaithfulBaseline(hf).run,
@@ -111,7 +111,7 @@ def _peak_in_this_process(name: str, setup: Setup, threads: int) -> int:
     torch.set_num_threads(threads)
     model = make_model(setup, TensorParallel.single())
     with torch.inference_mode():
-        return peak_bytes(arms_of(model)[name], name, setup, model.config.vocab_size)
+        return peak_bytes(all_runs(model)[name], name, setup, model.config.vocab_size)
 
 
 def measure_times_on(
@@ -183,7 +183,7 @@ def run(setup: Setup, parallel: TensorParallel) -> dict[str, Any]:
     """The whole benchmark. Raises ValueError naming what a check found wrong."""
     model = make_model(setup, parallel)
     vocab_size = model.config.vocab_size
-    arms, left_out = without_what_does_not_fit(arms_of(model), setup, vocab_size)
+    arms, left_out = without_what_does_not_fit(all_runs(model), setup, vocab_size)
     red = problems(model, arms, setup.prompt(vocab_size), CHECKED_TOKENS, TOP_K)
     if red:
         found = "; ".join(f"{name}: {text}" for name, texts in red.items() for text in texts)
@@ -195,24 +195,28 @@ def run(setup: Setup, parallel: TensorParallel) -> dict[str, Any]:
     result = described(setup, model.config, parallel, rates)
     for name, run in arms.items():
         sent = _sent_bytes(model, run, setup) if parallel.size > 1 else 0
-        result["arms"][name] = arm_row(times[name], peaks[name], sent, result, setup)
+        result["arms"][name] = figures_of(times[name], peaks[name], sent, result, setup)
     return result | {"left_out": left_out, "claims": verdicts(result)}
+
+
+def planned_run(setup: Setup, config: ModelConfig, ranks: int) -> Plan:
+    """What a run with every layer read takes and moves."""
+    return plan(
+        config,
+        ranks=ranks,
+        context=setup.prompt_tokens + setup.new_tokens,
+        taps=config.n_layers,
+        top_k=TOP_K,
+        dtype=str(setup.dtype).removeprefix("torch."),
+        device_type="cuda" if setup.device.type == "cuda" else "cpu",
+    )
 
 
 def described(
     setup: Setup, config: ModelConfig, parallel: TensorParallel, rates: Rates
 ) -> dict[str, Any]:
     """A result whose arms are still to be measured."""
-    dtype = str(setup.dtype).removeprefix("torch.")
-    planned = plan(
-        config,
-        ranks=parallel.size,
-        context=setup.prompt_tokens + setup.new_tokens,
-        taps=config.n_layers,
-        top_k=TOP_K,
-        dtype=dtype,
-        device_type="cuda" if setup.device.type == "cuda" else "cpu",
-    )
+    planned = planned_run(setup, config, parallel.size)
     return {
         "benchmark": "end_to_end",
         "environment": environment(),
@@ -223,7 +227,7 @@ def described(
             if isinstance(value, int | float | str)
         },
         "device": setup.device.type,
-        "dtype": dtype,
+        "dtype": planned.workload.dtype,
         "ranks": parallel.size,
         "prompt_tokens": setup.prompt_tokens,
         "new_tokens": setup.new_tokens,
@@ -237,7 +241,7 @@ def described(
     }
 
 
-def arm_row(
+def figures_of(
     times: dict[str, Any], peak: int, sent_bytes: float, result: dict[str, Any], setup: Setup
 ) -> dict[str, Any]:
     """Figures of an arm. The shares are of moving what a step of ours moves, lens included."""

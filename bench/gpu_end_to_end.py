@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..model.load import default_device
-from ..model.plan import check_fits, device_memory_bytes, plan
+from ..model.plan import check_fits, device_memory_bytes
 from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
 from . import gpu_suite
@@ -30,13 +30,14 @@ from .end_to_end import (
     CHECKED_TOKENS,
     ORACLE,
     SECONDS_FOR_RATES,
-    arm_row,
     capture_for,
     described,
+    figures_of,
     make_model,
-    own_arms,
     peak_above_weights,
-    rival_arms,
+    planned_run,
+    rival_runs,
+    shardlens_runs,
     warm,
     without_what_does_not_fit,
 )
@@ -70,7 +71,7 @@ def run(journal: Journal, deadline: float, truth: Path | None, shapes: Sequence[
 
 def check_captured_steps(journal: Journal, deadline: float, truth: Path | None) -> None:
     files = [gpu_suite.CAPTURED_TESTS]
-    known = None if truth is None else gpu_suite.results_of(truth, files)
+    known = gpu_suite.results_of(truth, files)
     if known is None:
         now = time.monotonic()
         with gpu_suite.TestRun(files) as tests:
@@ -112,16 +113,7 @@ def setup_of(shape: str, device: torch.device) -> Setup:
 
 
 def fits(journal: Journal, setup: Setup) -> bool:
-    config = model_config(setup.shape)
-    planned = plan(
-        config,
-        ranks=1,
-        context=setup.prompt_tokens + setup.new_tokens,
-        taps=config.n_layers,
-        top_k=TOP_K,
-        dtype=str(setup.dtype).removeprefix("torch."),
-        device_type="cuda" if setup.device.type == "cuda" else "cpu",
-    )
+    planned = planned_run(setup, model_config(setup.shape), ranks=1)
     try:
         check_fits(planned, device_memory_bytes(setup.device), setup.shape)
     except ValueError as error:
@@ -166,9 +158,9 @@ class Shape:
             return
         model = self._made()
         capture_for(model, self._setup)
-        oracle = {ORACLE: rival_arms(model)[ORACLE]}
+        oracle = {ORACLE: rival_runs(model)[ORACLE]}
         self._now("checks of our arms")
-        own = self._green(model, {**oracle, **own_arms(model)}, OWN)
+        own = self._green(model, {**oracle, **shardlens_runs(model)}, OWN)
         warm(own, self._setup, self._vocab_size)
         self._time(model, own, self._setup)
 
@@ -176,7 +168,7 @@ class Shape:
     def measure_rivals(self) -> None:
         """One after another, as time allows, each held against transformers before."""
         model = self._made()
-        arms, left_out = without_what_does_not_fit(rival_arms(model), self._setup, self._vocab_size)
+        arms, left_out = without_what_does_not_fit(rival_runs(model), self._setup, self._vocab_size)
         self.result["left_out"] |= left_out
         self._now("checks of rivals")
         green = self._green(model, arms, tuple(arms))
@@ -235,7 +227,7 @@ class Shape:
     def _time(self, model: Transformer, arms: dict[str, Run], setup: Setup) -> None:
         def keep(name: str, times: dict[str, Any]) -> None:
             peak = peak_above_weights(model, name, arms[name], setup, times) - self._beside
-            self.result["arms"][name] = arm_row(times, peak, 0, self.result, setup)
+            self.result["arms"][name] = figures_of(times, peak, 0, self.result, setup)
             self.result["claims"] = verdicts(self.result)
             self._journal.write()
             print(f"{self.name}: {name}: {times['tokens_per_s']:.3f} tokens/s", flush=True)

@@ -61,7 +61,7 @@ def run(journal: Journal, deadline: float, truth: Path | None) -> None:
 
 def check(journal: Journal, device: torch.device, deadline: float, truth: Path | None) -> None:
     files = gpu_suite.kernel_files()
-    known = None if truth is None else gpu_suite.results_of(truth, files)
+    known = gpu_suite.results_of(truth, files)
     with gpu_suite.TestRun([] if known is not None else files) as tests:
         for op, problem in odd_checks(device).items():
             journal.add_red(op, problem)

@@ -96,11 +96,11 @@ class TestRun:
             codes = {file: group.code() for file, group in self._running.items()}
             for file, code in codes.items():
                 if code is not None:
-                    self._take(file, code, on_file)
+                    self._collect(file, code, on_file)
             self._start_more()
         end(self._running.values(), signal.SIGINT)  # on which pytest still writes its results
         for file in list(self._running):
-            self._take(file, None, on_file)
+            self._collect(file, None, on_file)
         for file in self._waiting:
             self.results[file.stem] = _not_run("out of time before its start")
             on_file(file.stem, self.results[file.stem])
@@ -113,7 +113,7 @@ class TestRun:
             words = ("-q", "-p", "no:cacheprovider", "--junit-xml", str(report), str(file))
             self._running[file] = Group([sys.executable, "-m", "pytest", *words], log)
 
-    def _take(self, file: Path, code: int | None, on_file: OnFile) -> None:
+    def _collect(self, file: Path, code: int | None, on_file: OnFile) -> None:
         lines = self._running.pop(file).lines()
         result = read_report(self._path(file, "xml"), file.stem, was_stopped=code is None)
         if code not in (0, 1):  # 1: tests failed, which the report has
@@ -167,9 +167,9 @@ def print_result(name: str, result: FileResult) -> None:
         print(f"  RED {test}: {message}", flush=True)
 
 
-def results_of(stage_file: Path, files: Sequence[Path]) -> dict[str, FileResult] | None:
-    """What another stage's file has of these tests; None if it has not run them all."""
-    if not stage_file.exists():
+def results_of(stage_file: Path | None, files: Sequence[Path]) -> dict[str, FileResult] | None:
+    """What another stage's file has of these tests; None if there is none that ran them all."""
+    if stage_file is None or not stage_file.exists():
         return None
     found = json.loads(stage_file.read_text(encoding="utf-8")).get("tests", {})
     names = [file.stem for file in files]

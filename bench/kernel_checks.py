@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..kernels.launch import tensor_core_slack
+from ..kernels.rounding import tensor_core_slack
 from .kernel_arms import BY_NAME, CHECKED_ROWS, OURS, Given, Results
 from .rivals import Arm
 from .shapes import Case

@@ -195,10 +195,9 @@ def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int
     parts = 1 if q.dtype == torch.float32 else 2  # of a weight: itself, or high and low
     rows = max(16, parts * triton.next_power_of_2(shared))
     scale = LOG2_E / math.sqrt(head_dim)
-    processors = chip_of(q.device).processors
-
     config = _config(rows, width, q.element_size())
-    splits = split_count(batch * kv_heads, capacity, config.tile[1] * processors)
+    resident = config.tile[1] * chip_of(q.device).processors
+    splits = split_count(batch * kv_heads, capacity, resident)
     partial, stats = out, out
     if splits > 1:
         partial = q.new_empty((batch, n_heads, splits, head_dim), dtype=torch.float32)
@@ -247,7 +246,6 @@ def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int
             LOWEST=torch.finfo(torch.float32).min,
             num_warps=MERGE_WARPS,
         )
-
     return out
 
 
@@ -270,8 +268,7 @@ def decode_attention(
 
     lengths [B] int32 or int64, never read on the host; a request of length 0 gets zeros. span: an
     upper bound of lengths known to the host, which saves the reference work. Returns [B, H, D],
-    contiguous.
-    Raises ValueError where shapes or dtypes do not fit together.
+    contiguous. Raises ValueError where shapes or dtypes do not fit together.
     """
     batch, n_heads, head_dim = q.shape
     if keys.shape != values.shape or keys.shape[::3] != (batch, head_dim):

@@ -68,8 +68,8 @@ class Cut:
     programs: int
 
     @property
-    def work(self) -> int:
-        """Pieces: of every tile of rows each share."""
+    def pieces(self) -> int:
+        """Of work: of every tile of rows each share."""
         return self.row_tiles * self.shares
 
 

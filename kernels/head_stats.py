@@ -73,20 +73,22 @@ def _launch(
     n_keyed, n_best = (0, 0) if noise is None else (noise.seed.shape[0], noise.n_best)
     out = empty_stats(x.shape[0], n_keyed, n_best, k, x.device)
     if x.shape[0] and weight.shape[0]:
+        work = cut_of(x, weight, k, group_size)
         run = partial(
-            _run, out, x, weight, first_id, scale, target, group_size, noise, norm_weight, eps
+            _run, out, work, x, weight, first_id, scale, target, group_size, noise, norm_weight, eps
         )
         key = (
             "head_stats", x.shape[0] > TILE_ROWS, triton.next_power_of_2(x.shape[0]),
             tuple(weight.shape), x.dtype, k, target is None, group_size > 1,
             noise is None, norm_weight is None,
         )  # fmt: skip
-        run(choose(key, x.device, cut_of(x, weight, k, group_size).configs, run))
+        run(choose(key, x.device, work.configs, run))
     return out
 
 
 def _run(
     out: HeadStats,
+    work: Cut,
     x: Tensor,
     weight: Tensor,
     first_id: int,
@@ -101,7 +103,6 @@ def _run(
     (n_rows, d), n_ids = x.shape, weight.shape[0]
     rows, ids, columns, part, wants_bulk = config.tile
     k = out.values.shape[1]
-    work = cut_of(x, weight, k, group_size)
     n_keyed, n_best = out.key_ids.shape
     seed, step = (None, None) if noise is None else (noise.seed, noise.step)
     key_place = 0 if noise is None else noise.place
@@ -128,7 +129,7 @@ def _run(
         *winners, sums, *keys, tiles,
         n_rows, n_ids, d, x.stride(0), weight.stride(0),
         0 if norm_weight is None else norm_weight.stride(0),
-        work.work, work.share, work.tile_rows, work.row_tiles,
+        work.pieces, work.share, work.tile_rows, work.row_tiles,
         group_size, n_keyed, key_place, first_id, eps,
         K=k, K2=k_2, N=n_best, N2=n_2, BB=min(rows, triton.next_power_of_2(max(1, n_keyed))),
         BR=rows, BV=ids, BD=columns, BP=min(part, width), HALVES=ids // width,

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import torch
 
-from .exact import inverse_rms
 from .language import tl, triton
+from .rounding import inverse_rms
 
 _NO_ID = tl.constexpr(2**31 - 1)
 # Sums of a row over a share, in the order in which the main kernel writes them.
@@ -175,7 +175,7 @@ def head_kernel(
         row = tl.minimum(row, n_rows - 1).to(tl.int64)
         start, stop = part * share, tl.minimum(n_ids, (part + 1) * share)
         WIDTH: tl.constexpr = BV // HALVES
-        own_tile = tiles + tl.program_id(0).to(tl.int64) * BR * WIDTH
+        scratch = tiles + tl.program_id(0).to(tl.int64) * BR * WIDTH
         out = part.to(tl.int64) * n_rows + row
         kept = out[:, None] * K2 + tl.arange(0, K2)[None, :]
         _write_no_winners(part_values + kept, part_ids + kept, inside, BR, K, K2)
@@ -234,13 +234,13 @@ def head_kernel(
                     left, right = tl.split(halves)
                     tile_half = left if half == 0 else right
                 tl.debug_barrier()
-                tl.store(own_tile + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], tile_half)
+                tl.store(scratch + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], tile_half)
                 tl.debug_barrier()
                 for at in range(0, WIDTH, BP):
                     place = at + tl.arange(0, BP)
                     column_id = begin + half * WIDTH + place
                     valid = (column_id < stop)[None, :]
-                    z = tl.load(own_tile + slot[:, None] * WIDTH + place[None, :]) * factor[:, None]
+                    z = tl.load(scratch + slot[:, None] * WIDTH + place[None, :]) * factor[:, None]
                     z = tl.where(valid, z, float("-inf"))
                     new_m = tl.maximum(m, tl.max(z, 1))
                     base = tl.where(new_m == float("-inf"), 0.0, new_m)  # as long as all are -inf
@@ -248,7 +248,7 @@ def head_kernel(
                     decay = tl.exp(shift)
                     sum_dev = tl.where(sum_exp > 0, sum_dev + shift * sum_exp, 0.0) * decay
                     if GROUPED:
-                        z_ref = tl.load(own_tile + reference[:, None] * WIDTH + place[None, :])
+                        z_ref = tl.load(scratch + reference[:, None] * WIDTH + place[None, :])
                         z_ref *= tl.gather(factor, reference, 0)[:, None]
                         weight = tl.exp(z_ref - tl.gather(base, reference, 0)[:, None])
                         gap = tl.where(valid & (weight != 0), weight * (z_ref - z), 0.0)
@@ -267,7 +267,7 @@ def head_kernel(
                         above += tl.sum(beats.to(tl.float32), 1)
                         logit += tl.sum(tl.where(is_target & valid, z, 0.0), 1)
                     if NOISE:
-                        z_keyed = tl.load(own_tile + keyed_slot[:, None] * WIDTH + place[None, :])
+                        z_keyed = tl.load(scratch + keyed_slot[:, None] * WIDTH + place[None, :])
                         z_keyed *= tl.gather(factor, keyed_slot, 0)[:, None]
                         seeds = tl.load(seed + keyed, mask=is_keyed, other=0)
                         steps = tl.load(step + keyed, mask=is_keyed, other=0)

@@ -30,9 +30,6 @@ PUBLISHED_SHARED_KIB = {
 }  # fmt: skip
 LEAST_SHARED_KIB = 99
 RESERVED_BYTES = 1024
-# Columns of 16-bit numbers whose products a tensor core adds to the accumulator at a time,
-# truncating the sum; of tf32, half as many.
-TENSOR_CORE_COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -109,17 +106,6 @@ def fewest_parts(tiles: int, most: int, places: int, good: float) -> int:
 
     enough = good * max(fill(parts) for parts in range(1, most + 1))
     return next(parts for parts in range(1, most + 1) if fill(parts) >= enough)
-
-
-def tensor_core_slack(d: int, dtype: torch.dtype = torch.bfloat16) -> float:
-    """What sums of d products lose on tensor cores, as a share of the largest result.
-
-    The accumulator is truncated, by half a unit in the last place on average, each time a few
-    columns are added to it: d / 16 · eps / 2 in bf16 and fp16, biased towards 0. A product of any
-    library that adds all its columns in one such chain loses as much.
-    """
-    columns = TENSOR_CORE_COLUMNS // (2 if dtype == torch.float32 else 1)
-    return d / columns * torch.finfo(torch.float32).eps / 2
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

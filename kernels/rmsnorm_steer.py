@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .edits import Edits, edit_reference, edit_row, load_edit, table_arguments, table_row
-from .exact import inverse_rms
 from .language import tl, triton
 from .launch import block_and_warps, launch, rows_of, wide
 from .rmsnorm_steer_backward import rmsnorm_steer_backward
+from .rounding import inverse_rms
 from .switch import needs_gradient, through_op, use_triton
 
 MOST_COLUMNS = 16384

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .edits import Edits
 from .edits_backward import edit_backward
-from .exact import inverse_rms
 from .language import tl, triton
 from .launch import block_and_warps, chip_of, launch, rows_of, wide
+from .rounding import inverse_rms
 from .switch import use_triton
 
 # Programs per processor; each has a sum of dw of its own.

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exact import sigmoid as exact_sigmoid
 from .language import tl, triton
 from .launch import launch, rows_of, wide
+from .rounding import sigmoid as exact_sigmoid
 from .switch import through_op, use_triton
 
 BLOCK, WARPS = 1024, 4

@@ -328,8 +328,8 @@ def cached_attention(
     n_tokens = positions.shape[1]
     span = (cache.longest if start is None else start) + n_tokens
     lengths = positions[:, 0] + 1
-    visible: Tensor
-    if start is not None:
+    visible: Tensor | None = None
+    if n_tokens > 1 and start is not None:
         visible = LowerRight(n_tokens, span)
     elif n_tokens > 1:
         index = torch.arange(span, device=positions.device)
@@ -343,7 +343,7 @@ def cached_attention(
         if attn.q_norm is not None and attn.k_norm is not None:
             norms = {"q_weight": attn.q_norm.weight, "k_weight": attn.k_norm.weight}
         q = rope_qk(qkv, *rope, keys, values, positions, eps=attn.eps, **norms)
-        if n_tokens == 1:
+        if visible is None:
             return decode_attention(q[:, 0], keys, values, lengths, span=span)[:, None]
         return grouped_attention(q, keys[:, :, :span], values[:, :, :span], visible)
 

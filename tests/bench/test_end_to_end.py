@@ -41,7 +41,7 @@ def model() -> Transformer:
 
 
 def test_checks_are_green_and_can_be_red(model: Transformer) -> None:
-    arms = end_to_end.arms_of(model)
+    arms = end_to_end.all_runs(model)
     prompt = SETUP.prompt(CONFIG.vocab_size)
     assert problems(model, arms, prompt, 4, 5) == {}
 

@@ -185,8 +185,8 @@ def test_readme_says_what_the_head_takes_on_a_gpu() -> None:
         own, logits = (f"{size / 1e6:.1f} MB" for size in sizes(rows))
         named = f"{rows} row" + "s" * (rows > 1)
         assert re.search(rf"{own} at {named}, where (logits|they) take {logits}", readme)
-    own_bytes, logits_bytes = sizes(4096)
-    assert f"{own_bytes / 1e6:.1f} MB at 4,096 rows, {own_bytes / logits_bytes:.2%} of" in readme
+    head_bytes, logits_bytes = sizes(4096)
+    assert f"{head_bytes / 1e6:.1f} MB at 4,096 rows, {head_bytes / logits_bytes:.2%} of" in readme
 
 
 def test_readme_says_how_far_rank_counts_differ() -> None:

@@ -19,8 +19,8 @@ from shardlens.kernels.head_stats_reference import (
     Target,
     head_stats_reference,
 )
-from shardlens.kernels.launch import tensor_core_slack
 from shardlens.kernels.rmsnorm_steer import rmsnorm_reference
+from shardlens.kernels.rounding import tensor_core_slack
 from shardlens.kernels.switch import implementation
 from shardlens.kernels.target_logits import target_logits
 from shardlens.parallel.group import TensorParallel

@@ -17,7 +17,8 @@ from shardlens.kernels import head_cut
 from shardlens.kernels.head_stats import head_stats
 from shardlens.kernels.head_stats_reference import HeadStats, Target, head_stats_reference
 from shardlens.kernels.language import tl, triton
-from shardlens.kernels.launch import Chip, Config, tensor_core_slack
+from shardlens.kernels.launch import Chip, Config
+from shardlens.kernels.rounding import tensor_core_slack
 from shardlens.kernels.switch import implementation
 from shardlens.kernels.target_logits import target_logits, target_logits_reference
 
