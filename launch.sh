@@ -89,7 +89,7 @@ link_packages() {
     mkdir -p "$here/.ns/shardlens"
     ln -s "$here"/shardlens/* "$here/.ns/shardlens/"
     local folder
-    for folder in kernels parallel model interp bench; do
+    for folder in kernels parallel tokenizer model engine interp bench; do
         ln -s "$here/$folder" "$here/.ns/shardlens/$folder"
     done
 }

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.plan import available_bytes
+from ..engine.plan import available_bytes
 
 OnToken = Callable[[int], None]
 COMPONENTS = 4  # of a block: attention output, mid residual, MLP output, block output

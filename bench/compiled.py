@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import implementation
 from ..kernels.launch import Chip, pretending
-from ..kernels.switch import implementation
 from .kernel_cases import CASES
 from .report import emit, environment
 

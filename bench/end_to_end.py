@@ -27,9 +27,9 @@ from unittest.mock import patch
 
 import torch
 
+from ..engine.engine import Engine
+from ..engine.plan import Plan, plan
 from ..model.config import ModelConfig
-from ..model.engine import Engine
-from ..model.plan import Plan, plan
 from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
 from .arm_measures import (

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from ..engine.plan import check_fits, device_memory_bytes
 from ..model.load import default_device
-from ..model.plan import check_fits, device_memory_bytes
 from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
 from . import gpu_suite

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..interp.output import write_json
+from ..engine.files import write_json
 
 # Words of a device's name that do not tell one card from another: makers, and kinds of memory.
 DROPPED_WORDS = r"nvidia|geforce|tesla|generation|\d+gb|hbm\d*\w?|sxm\d*"

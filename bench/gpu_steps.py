@@ -13,11 +13,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..interp.lens import LensRecorder, LensSpec
-from ..model.engine import Engine, EngineStep
-from ..model.generation import generate_tokens
-from ..model.plan import plan
-from ..model.sampling import Sampling
+from ..engine.engine import Engine, EngineStep
+from ..engine.generation import generate_tokens
+from ..engine.lens_spec import LensSpec
+from ..engine.plan import plan
+from ..engine.sampling import Sampling
+from ..interp.lens import LensRecorder
 from ..model.transformer import Transformer
 from .arm_measures import TOP_K
 from .report import bandwidth_shares

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from ..interp.output import replacing
-from ..kernels.language import HAS_TRITON
+from ..engine.files import replacing
+from ..kernels.triton_shim import HAS_TRITON
 from . import rivals
 from .kernel_arms import BY_NAME, COMPILED, DTYPES, EAGER, OURS, Cost
 from .kernel_checks import Checker, RedCheck

@@ -14,10 +14,11 @@ import argparse
 import torch
 import torch.distributed as dist
 
-from ..interp.lens import LensRecorder, LensSpec
+from ..engine.generation import generate_tokens
+from ..engine.lens_spec import LensSpec
+from ..engine.sampling import Sampling
+from ..interp.lens import LensRecorder
 from ..model.config import ModelConfig
-from ..model.generation import generate_tokens
-from ..model.sampling import Sampling
 from ..model.transformer import Transformer
 from ..model.weights import init_weights
 from ..parallel.group import TensorParallel

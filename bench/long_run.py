@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from ..interp.lens import LensRecorder, LensSpec
-from ..model.generation import generate_tokens
-from ..model.plan import plan
+from ..engine.generation import generate_tokens
+from ..engine.lens_spec import LensSpec
+from ..engine.plan import plan
+from ..engine.sampling import Sampling
+from ..interp.lens import LensRecorder
 from ..model.points import POINTS
-from ..model.sampling import Sampling
 from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
 from .models import model_config, random_model

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..interp.lens import LensRecorder, LensSpec
-from ..model.generation import generate_tokens
-from ..model.sampling import Sampling
-from ..model.steering import Steering
+from ..engine.generation import generate_tokens
+from ..engine.lens_spec import LensSpec
+from ..engine.sampling import Sampling
+from ..engine.steering import Steering
+from ..interp.lens import LensRecorder
 from ..model.transformer import Transformer
 from .baselines import ArmOutput, OnToken
 

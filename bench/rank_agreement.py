@@ -20,16 +20,18 @@ from typing import Any
 
 import torch
 
-from ..interp.lens import LensRecorder, LensSpec
+from ..engine.generation import check_prompts, generate_tokens
+from ..engine.lens_spec import LensSpec
+from ..engine.plan import plan
+from ..engine.sampling import Sampling
+from ..interp.lens import LensRecorder
 from ..interp.trace import Trace
-from ..model.generation import check_prompts, generate_tokens
-from ..model.load import default_device, read_config, resolve
-from ..model.plan import plan
-from ..model.sampling import Sampling
-from ..model.tokenizer import Tokenizer
+from ..model.load import default_device
+from ..model.source import find_model, read_config
 from ..model.transformer import Transformer
 from ..model.weights import load_weights
 from ..parallel.group import TensorParallel
+from ..tokenizer.tokenizer import Tokenizer
 from .on_ranks import hand_over, on_ranks
 from .report import environment
 
@@ -152,7 +154,7 @@ def rank_agreement(
     """Raises ValueError for what the model cannot do, before any rank is started."""
     if len(set(rank_counts)) < 2:
         raise ValueError("--ranks names one rank count: there is nothing to compare it with")
-    directory = resolve(source, TensorParallel.single())
+    directory = find_model(source, TensorParallel.single())
     prompts = read_prompts(prompts_file, directory)
     model = empty_model(directory, TensorParallel.single(), torch.float32)
     check_prompts(model, prompts, NEW_TOKENS)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..interp.output import write_json
-from ..model.plan import GPUS
+from ..engine.files import write_json
+from ..engine.plan import GPUS
 
 RESULTS = Path(__file__).parent / "results"
 # Names that drivers give to the cards whose data sheet `GPUS` quotes. Others of the family (PCIe,

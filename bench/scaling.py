@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from ..interp.lens import LensRecorder, LensSpec
-from ..model.generation import generate_tokens
+from ..engine.generation import generate_tokens
+from ..engine.lens_spec import LensSpec
+from ..engine.plan import GPUS, Plan, plan
+from ..engine.sampling import Sampling
+from ..interp.lens import LensRecorder
 from ..model.load import default_device
-from ..model.plan import GPUS, Plan, plan
-from ..model.sampling import Sampling
 from ..parallel.group import TensorParallel
 from .models import N_LAYERS, model_config, random_model
 from .on_ranks import hand_over, on_ranks

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.edit_table import EditTable
+from ..engine.steering import Steering
 from ..interp.propensity import Item, Variants, propensities
 from ..interp.slopes import MULTIPLIERS
 from ..model.config import ModelConfig
-from ..model.edit_table import EditTable
 from ..model.points import Tap
-from ..model.steering import Steering
 from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
-from ..parallel.winners import token_logits
+from ..parallel.head_reduce import token_logits
 from .head_cpu import spread
 from .models import random_model
 from .report import environment

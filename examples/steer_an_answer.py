@@ -7,7 +7,7 @@ Under torchrun the same program runs on several ranks, and only the first prints
 
 import shardlens
 from shardlens.interp.prompts import split_pairs
-from shardlens.model.load import DEMO
+from shardlens.model.source import DEMO
 
 parallel = shardlens.TensorParallel.from_env()
 model, tokenizer = shardlens.load("demo", parallel=parallel)

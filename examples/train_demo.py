@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from shardlens import ModelConfig, Tokenizer, Transformer, lens
 from shardlens.model import hf_state_dict, init_weights
-from shardlens.model.transformer import inverse_frequencies
+from shardlens.model.rope import inverse_frequencies
 
 VOCAB_SIZE = 1280
 SHAPE = {

@@ -1,15 +1,18 @@
-"""The logit lens, its traces, and how they are shown and written."""
+"""Traces, steering vectors from pairs of answers, and what they do to a model."""
 
+import sys
 from typing import TYPE_CHECKING
 
-from ..parallel.lazy import lazily
+from ..kernels.lazy_imports import lazy_package
 
-__all__ = ["LensRecorder", "LensSpec", "Trace"]
+__all__ = ["LensRecorder", "Trace"]
 
 if TYPE_CHECKING:
-    from .lens import LensRecorder, LensSpec
+    from .lens import LensRecorder
     from .trace import Trace
 else:
-    # Imported when first used: output files do without torch.
-    _HOMES = {"LensRecorder": ".lens", "LensSpec": ".lens", "Trace": ".trace"}
-    __getattr__, __dir__ = lazily(__name__, _HOMES)
+    _HOMES = {
+        "LensRecorder": ".lens",
+        "Trace": ".trace",
+    }
+    sys.modules[__name__].__class__ = lazy_package(_HOMES)

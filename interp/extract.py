@@ -23,15 +23,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..model.access import Capture
-from ..model.branches import padded, run_branches, shared_prefix
+from ..engine.branches import padded, run_branches, shared_prefix
+from ..engine.files import require
+from ..engine.vectors import METHODS, Origin, SteeringVectors, fingerprint
+from ..model.norm import RMSNorm
 from ..model.points import POINTS, Layers, Tap, check_point, parse_layers
-from ..model.tokenizer import Tokenizer
-from ..model.transformer import RMSNorm, Transformer
-from .output import require
+from ..model.tap_sink import RowTaps
+from ..model.transformer import Transformer
+from ..tokenizer.tokenizer import Tokenizer
 from .pairs import Pair
 from .prompts import PairIds, PromptForm, Side, encode_pairs
-from .vectors import METHODS, Origin, SteeringVectors, fingerprint
 
 AT = ("label", "last", "mean")
 OnProgress = Callable[[int, int], None]
@@ -122,7 +123,7 @@ def taps_of(points: Sequence[str], layers: Layers, n_layers: int) -> list[Tap]:
         raise ValueError("no point is given")
     numbers = parse_layers(layers, n_layers)
     taps = [Tap(layer, name) for layer in numbers for name in POINTS if name in points]
-    if len({tap.place for tap in taps}) < len(taps):
+    if len({tap.canonical for tap in taps}) < len(taps):
         raise ValueError("resid_post of a layer is resid_pre of the next: give one of the two")
     return taps
 
@@ -143,9 +144,9 @@ def pair_states(model: Transformer, pair: PairIds, taps: Sequence[Tap], at: str)
         torch.arange(span.start - n_shared, span.stop - n_shared) + row * n_own
         for row, span in enumerate(spans)
     ]
-    capture = Capture(taps, torch.cat(rows).to(model.device), model.config.d, dtype=model.dtype)
+    capture = RowTaps(taps, torch.cat(rows).to(model.device), model.config.d, dtype=model.dtype)
     cache = shared_prefix(model, sides[0].ids[:n_shared])
-    run_branches(model, cache, ids.to(model.device), access=capture)
+    run_branches(model, cache, ids.to(model.device), sink=capture)
     by_side = capture.states.split([len(own) for own in rows])
     return torch.stack([states.double().mean(0) for states in by_side])
 

@@ -10,79 +10,25 @@ states of a decode step ride along in the step's own product (see model/step.py)
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..model.config import ModelConfig
-from ..model.generation import Place
-from ..model.limits import DECODED_POSITIONS
-from ..model.points import POINTS, Layers, Tap, check_point, parse_layers
-from ..model.reading import pack, width
-from ..model.step import Reader, TargetKind
+from ..engine.generation import Place
+from ..engine.lens_spec import LensSpec
+from ..engine.limits import DECODED_POSITIONS
+from ..engine.record import pack, width
+from ..engine.step import Reader, TargetKind
+from ..model.points import Tap
 from ..model.transformer import Transformer
-from ..parallel.winners import reduce_head
+from ..parallel.head_reduce import reduce_head
 from .trace import Trace
 
-POSITIONS = ("all", "prompt", "generated", "last")
-MODES = ("live", "deferred")
 KEPT_PIECES = 64
 
 # (request, the newly read positions of it)
 OnLens = Callable[[int, Trace], None]
-
-
-@dataclass(frozen=True)
-class LensSpec:
-    """Which states to decode, and what to say of them.
-
-    points: of `POINTS`. layers: "all", or block numbers, as a sequence or as text like
-    "0-3,8,-1" (negative counts from the end). top_k: winners kept. targets: whose log-prob and
-    rank to report: "next" (the token that follows), a token id, or None. positions: "all"; those
-    of the "prompt"; "generated", the positions whose prediction was a generated token, so from
-    the prompt's last on; or "last", the prompt's last alone. mode: "live" decodes the states of a
-    generated token in the step that chooses it (with targets="next" in the step after, as the
-    rank of a token can be counted only once it is known); "deferred" keeps the states of
-    RING_TOKENS steps and decodes them together, which costs less where it is not the weight's
-    reading that bounds the product. Both give the same trace.
-    """
-
-    points: Sequence[str] = ("resid_post",)
-    layers: Layers = "all"
-    top_k: int = 5
-    targets: Literal["next"] | int | None = "next"
-    positions: str = "all"
-    mode: str = "live"
-
-    def taps(self, config: ModelConfig) -> tuple[Tap, ...]:
-        """The places to read, in the order in which data passes through them.
-
-        Raises ValueError naming a point or layer that the model does not have.
-        """
-        for point in self.points:
-            check_point(point)
-        if not self.points:
-            raise ValueError("no point is given")
-        layers = parse_layers(self.layers, config.n_layers)
-        points = [point for point in POINTS if point in self.points]
-        return tuple(Tap(layer, point) for layer in layers for point in points)
-
-    def check(self, config: ModelConfig) -> None:
-        """Raise ValueError for anything the model cannot answer."""
-        self.taps(config)
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions {self.positions}: there are {', '.join(POSITIONS)}")
-        if self.mode not in MODES:
-            raise ValueError(f"lens mode {self.mode}: there are {', '.join(MODES)}")
-        if not 1 <= self.top_k <= config.vocab_size:
-            raise ValueError(f"top_k {self.top_k} is outside 1 to {config.vocab_size}")
-        if isinstance(self.targets, int) and not 0 <= self.targets < config.vocab_size:
-            raise ValueError(
-                f"target {self.targets} is outside the vocabulary of {config.vocab_size}"
-            )
 
 
 class _Kept:

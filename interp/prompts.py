@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..model.tokenizer import Tokenizer
-from .offsets import Span, quoted, token_spans
+from ..tokenizer.spans import Span, quoted, token_spans
+from ..tokenizer.tokenizer import Tokenizer
 from .pairs import Pair
 
 SomePair = TypeVar("SomePair", bound=Pair)

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..engine.branches import padded, run_branches, shared_prefix
 from ..kernels.edits import ADD, Edits
-from ..model.branches import padded, run_branches, shared_prefix
 from ..model.cache import KVCache
-from ..model.edit_table import SiteEdits
 from ..model.points import Tap
+from ..model.tap_edits import TapEdits
 from ..model.transformer import Transformer
-from ..parallel.winners import reduce_head, token_logits
+from ..parallel.head_reduce import reduce_head, token_logits
 from .extract import check_length
 from .prompts import PairIds
 
@@ -75,17 +75,17 @@ class Variants:
             self.places[start:stop], self.vectors, self.rows[start:stop], self.scales[start:stop]
         )
 
-    def edits(self, rows_each: int) -> SiteEdits:
+    def edits(self, rows_each: int) -> TapEdits:
         """Of E · rows_each rows, of which each edit has rows_each in a row."""
         modes = torch.full(self.vectors.shape[:1], ADD, dtype=torch.int32, device=self.rows.device)
         scales = self.scales.repeat_interleave(rows_each)
-        at = [tap.place for tap in self.places]
+        at = [tap.canonical for tap in self.places]
         by_place = {}
         for place in dict.fromkeys(at):
             is_here = torch.tensor([other == place for other in at], device=self.rows.device)
             index = self.rows.where(is_here, -1).repeat_interleave(rows_each)
             by_place[place] = (Edits(self.vectors, modes, index, scales),)
-        return SiteEdits(by_place)
+        return TapEdits(by_place)
 
 
 @torch.no_grad()

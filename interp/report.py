@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.files import write_json
+from ..engine.steering import UNITS
 from ..model.points import Tap
-from ..model.steering import UNITS
-from .output import write_json
 from .propensity import PROTOCOLS
 from .slopes import (
     Floats,
@@ -211,7 +211,7 @@ class SteerabilityReport:
         path = Path(path)
         check_format(path)
         if path.suffix == ".png":
-            from .report_png import write_png  # it reads reports
+            from .report_png import write_png
 
             write_png(self, path)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .output import replacing, require
+from ..engine.files import replacing, require
 from .report import SteerabilityReport
 
 # More lines of single items than this hide one another.

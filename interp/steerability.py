@@ -14,19 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.steering import Steering
+from ..engine.vectors import SteeringVectors
 from ..model.points import Layers
-from ..model.steering import Steering
-from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
+from ..tokenizer.spans import quoted
+from ..tokenizer.tokenizer import Tokenizer
 from .extract import OnProgress, model_fingerprint
-from .offsets import quoted
 from .pairs import Pair
 from .prompts import PairIds, PromptForm, balance, encode_pairs, of_each
 from .propensity import PROTOCOLS, Item, Variants, propensities
 from .report import SteerabilityReport
 from .slopes import MULTIPLIERS
-from .suggestion import suggest
-from .vectors import SteeringVectors
+from .suggest import suggest
 
 
 def steerability(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.record import unpack
 from ..model.points import Tap
-from ..model.reading import unpack
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Trace:
 
         Raises ValueError for another ending, or where the extra package it needs is missing.
         """
-        from .trace_files import save_trace  # they draw with the report code, which reads traces
+        from .trace_files import save_trace
 
         save_trace(self, Path(path))
 

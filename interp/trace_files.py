@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .output import replacing, require, write_json
-from .show import tap_label, visible
+from ..engine.files import replacing, require, write_json
 from .trace import Trace
+from .trace_table import tap_label, visible
 
 # A picture of more positions than this has no room for their tokens.
 PNG_POSITIONS = 60

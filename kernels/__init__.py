@@ -3,18 +3,10 @@
 Each has a PyTorch reference beside its Triton kernel; `implementation` switches between them.
 """
 
-from .decode_attention import decode_attention, decode_attention_reference
-from .edits import MODES, Edits, edit_reference
-from .gumbel import gumbel_reference, philox_reference
-from .head_stats import head_stats
-from .head_stats_reference import HeadStats, Noise, Target, head_stats_reference
-from .linear import linear
-from .rmsnorm_steer import rmsnorm_reference, rmsnorm_steer, rmsnorm_steer_reference
-from .rope import rope_angles_reference, rope_reference
-from .rope_qk import rope_qk, rope_qk_reference
-from .swiglu import swiglu, swiglu_reference
-from .switch import implementation, set_implementation
-from .target_logits import target_logits, target_logits_reference
+import sys
+from typing import TYPE_CHECKING
+
+from .lazy_imports import lazy_package
 
 __all__ = [
     "MODES",
@@ -44,3 +36,47 @@ __all__ = [
     "target_logits",
     "target_logits_reference",
 ]
+
+if TYPE_CHECKING:
+    from .decode_attention import decode_attention, decode_attention_reference
+    from .dispatch import implementation, set_implementation
+    from .edits import MODES, Edits, edit_reference
+    from .few_rows_linear import linear
+    from .gumbel import gumbel_reference, philox_reference
+    from .head_stats import head_stats
+    from .head_stats_reference import HeadStats, Noise, Target, head_stats_reference
+    from .rmsnorm_steer import rmsnorm_reference, rmsnorm_steer, rmsnorm_steer_reference
+    from .rope import rope_angles_reference, rope_reference
+    from .rope_qk import rope_qk, rope_qk_reference
+    from .swiglu import swiglu, swiglu_reference
+    from .target_logits import target_logits, target_logits_reference
+else:
+    _HOMES = {
+        "Edits": ".edits",
+        "HeadStats": ".head_stats_reference",
+        "MODES": ".edits",
+        "Noise": ".head_stats_reference",
+        "Target": ".head_stats_reference",
+        "decode_attention": ".decode_attention",
+        "decode_attention_reference": ".decode_attention",
+        "edit_reference": ".edits",
+        "gumbel_reference": ".gumbel",
+        "head_stats": ".head_stats",
+        "head_stats_reference": ".head_stats_reference",
+        "implementation": ".dispatch",
+        "linear": ".few_rows_linear",
+        "philox_reference": ".gumbel",
+        "rmsnorm_reference": ".rmsnorm_steer",
+        "rmsnorm_steer": ".rmsnorm_steer",
+        "rmsnorm_steer_reference": ".rmsnorm_steer",
+        "rope_angles_reference": ".rope",
+        "rope_qk": ".rope_qk",
+        "rope_qk_reference": ".rope_qk",
+        "rope_reference": ".rope",
+        "set_implementation": ".dispatch",
+        "swiglu": ".swiglu",
+        "swiglu_reference": ".swiglu",
+        "target_logits": ".target_logits",
+        "target_logits_reference": ".target_logits",
+    }
+    sys.modules[__name__].__class__ = lazy_package(_HOMES)

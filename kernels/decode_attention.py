@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .language import tl, triton
+from .dispatch import through_op, use_triton
 from .launch import Config, chip_of, fewest_parts, launch
-from .switch import through_op, use_triton
+from .triton_shim import tl, triton
 
 MOST_SPLITS = 128
 LEAST_POSITIONS = 128  # a split of fewer does not pay for the second kernel

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .language import tl, triton
 from .launch import wide
+from .triton_shim import tl, triton
 
 MODES = ("add", "ablate", "clamp", "add_keep_norm")
 ADD, ABLATE, CLAMP, ADD_KEEP_NORM = range(4)

@@ -17,18 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .edits import (
-    ABLATE,
-    ADD_KEEP_NORM,
-    CLAMP,
-    Edits,
-    chosen,
-    table_arguments,
-    table_row,
-)
-from .language import tl, triton
+from .dispatch import use_triton
+from .edits import ABLATE, ADD_KEEP_NORM, CLAMP, Edits, chosen, table_arguments, table_row
 from .launch import block_and_warps, launch, wide
-from .switch import use_triton
+from .triton_shim import tl, triton
 
 _ABLATE, _CLAMP = tl.constexpr(ABLATE), tl.constexpr(CLAMP)
 _KEEP_NORM = tl.constexpr(ADD_KEEP_NORM)

@@ -20,8 +20,8 @@ from functools import lru_cache
 import torch
 
 from .head_stats_kernel import N_SUMS
-from .language import triton
 from .launch import Chip, Config, fewest_parts
+from .triton_shim import triton
 
 MOST_K = 64
 TILE_ROWS = 128

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import use_triton
 from .head_cut import MOST_K, TILE_ROWS, Cut, cut, tile_width
 from .head_stats_kernel import N_SUMS, dot_precision, head_kernel, merge_kernel
 from .head_stats_reference import (
@@ -28,10 +29,9 @@ from .head_stats_reference import (
     empty_stats,
     head_stats_reference,
 )
-from .language import triton
 from .launch import Chip, Config, chip_of, choose, launch
 from .rmsnorm_steer import rmsnorm_reference
-from .switch import use_triton
+from .triton_shim import triton
 
 # Left without a number, the assembler at times aims lower, for more programs at once, and spills.
 MOST_REGISTERS = 255

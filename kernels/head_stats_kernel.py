@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import torch
 
-from .language import tl, triton
 from .rounding import inverse_rms
+from .triton_shim import tl, triton
 
 _NO_ID = tl.constexpr(2**31 - 1)
 # Sums of a row over a share, in the order in which the main kernel writes them.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .language import triton
+from .triton_shim import triton
 
 TIMED_RUNS = 5
 # Device cycles to sleep while the host launches what is timed: about a millisecond, then more.

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import needs_gradient, through_op, use_triton
 from .edits import Edits, edit_reference, edit_row, load_edit, table_arguments, table_row
-from .language import tl, triton
 from .launch import block_and_warps, launch, rows_of, wide
 from .rmsnorm_steer_backward import rmsnorm_steer_backward
 from .rounding import inverse_rms
-from .switch import needs_gradient, through_op, use_triton
+from .triton_shim import tl, triton
 
 MOST_COLUMNS = 16384
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import use_triton
 from .edits import Edits
 from .edits_backward import edit_backward
-from .language import tl, triton
 from .launch import block_and_warps, chip_of, launch, rows_of, wide
 from .rounding import inverse_rms
-from .switch import use_triton
+from .triton_shim import tl, triton
 
 # Programs per processor; each has a sum of dw of its own.
 PROGRAMS = 4

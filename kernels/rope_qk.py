@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .language import tl, triton
+from .dispatch import through_op, use_triton
 from .launch import launch
 from .rmsnorm_steer import rmsnorm_reference
 from .rope import rope_reference
 from .rounding import inverse_rms
-from .switch import through_op, use_triton
+from .triton_shim import tl, triton
 
 TILE, WARPS = 512, 2  # numbers of half-heads that a program holds, twice
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .language import tl, triton
+from .triton_shim import tl, triton
 
 # Columns of 16-bit numbers whose products a tensor core adds to the accumulator at a time,
 # truncating the sum; of tf32, half as many.

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .language import tl, triton
+from .dispatch import through_op, use_triton
 from .launch import launch, rows_of, wide
 from .rounding import sigmoid as exact_sigmoid
-from .switch import through_op, use_triton
+from .triton_shim import tl, triton
 
 BLOCK, WARPS = 1024, 4
 

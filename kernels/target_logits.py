@@ -19,8 +19,8 @@ from torch import Tensor
 from .head_stats import MOST_REGISTERS, cut_of, runs_kernel
 from .head_stats_kernel import dot_precision, load_step
 from .head_stats_reference import EPS, ROW_BLOCK
-from .language import tl, triton
 from .launch import launch
+from .triton_shim import tl, triton
 
 # Of a tile. From 64 on, warp groups multiply where the chip has them, as they do in the head.
 MOST_ROWS = 64

@@ -1,8 +1,9 @@
-"""Config, transformer, cache, weights, tokenizer, generation."""
+"""Config, weights, transformer, cache, and the points at which it is read and edited."""
 
+import sys
 from typing import TYPE_CHECKING
 
-from ..parallel.lazy import lazily
+from ..kernels.lazy_imports import lazy_package
 
 __all__ = ["ModelConfig", "Transformer", "hf_state_dict", "init_weights", "load_weights"]
 
@@ -11,7 +12,6 @@ if TYPE_CHECKING:
     from .transformer import Transformer
     from .weights import hf_state_dict, init_weights, load_weights
 else:
-    # Imported when first used: config and plan do without torch.
     _HOMES = {
         "ModelConfig": ".config",
         "Transformer": ".transformer",
@@ -19,4 +19,4 @@ else:
         "init_weights": ".weights",
         "load_weights": ".weights",
     }
-    __getattr__, __dir__ = lazily(__name__, _HOMES)
+    sys.modules[__name__].__class__ = lazy_package(_HOMES)

@@ -7,10 +7,7 @@ of it, so dtypes are kept by name.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-DEMO = Path(__file__).parent / "demo"
+from ..tokenizer.json_file import read_json
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -94,57 +92,6 @@ def torch_dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def find_config(source: str | Path) -> Path:
-    """The config.json of "demo", a directory or a hub id, of which nothing else is fetched.
-
-    A path to such a file stands for itself.
-    """
-    if str(source) == "demo":
-        return DEMO / "config.json"
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path / "config.json"
-    if path.is_file():
-        return path
-    with hub_errors(str(source)):
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(str(source), "config.json"))
-
-
-@contextmanager
-def hub_errors(source: str) -> Iterator[None]:
-    """For a block that fetches from the hub: whatever goes wrong there is a ValueError.
-
-    So is a `source` that cannot be a hub id, before anything is asked of the hub.
-    """
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) is None:
-        raise ValueError(
-            f"{source} is no directory (and no hub id such as Qwen/Qwen3-4B, nor demo)"
-        )
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{source} is no local directory and could not be fetched from the hub: {reason}"
-        ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
 
 
 def _parse(raw: Mapping[str, Any]) -> ModelConfig:

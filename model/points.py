@@ -1,4 +1,4 @@
-"""The places of a model that can be read and edited, by name."""
+"""The points of a model that can be read and edited, by name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Layers = Literal["all"] | str | Sequence[int]
 
 
 class Tap(NamedTuple):
-    """A place to read: a point (one of POINTS) of block `layer`."""
+    """One state of a model: a point (one of POINTS) of block `layer`."""
 
     layer: int
     point: str
 
     @property
-    def place(self) -> Tap:
+    def canonical(self) -> Tap:
         """One name for what has two: resid_post of a block is resid_pre of the next."""
         return Tap(self.layer + 1, "resid_pre") if self.point == "resid_post" else self
 

@@ -7,9 +7,7 @@ the fusion of its parts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ..parallel.shard import (
+from ..parallel.spans import (
     Placed,
     Span,
     split_even,
@@ -19,9 +17,6 @@ from ..parallel.shard import (
     whole,
 )
 from .config import ModelConfig
-
-if TYPE_CHECKING:
-    from ..parallel.group import TensorParallel
 
 # parameter -> the checkpoint tensors that fill it, in order
 Placements = dict[str, tuple[Placed, ...]]
@@ -66,12 +61,11 @@ QK_NORM: Placements = {
 }
 
 
-def rank_spans(config: ModelConfig, parallel: TensorParallel) -> dict[str, Span]:
-    """What this rank holds of every named dim.
+def rank_spans(config: ModelConfig, rank: int, size: int) -> dict[str, Span]:
+    """What rank `rank` of `size` holds of every named dim.
 
     Raises ValueError where the model cannot be split over that many ranks.
     """
-    rank, size = parallel.rank, parallel.size
     return {
         "d": whole(config.d),
         "head_dim": whole(config.head_dim),
@@ -83,7 +77,7 @@ def rank_spans(config: ModelConfig, parallel: TensorParallel) -> dict[str, Span]
 
 
 def placements(config: ModelConfig) -> Placements:
-    """Those of a whole model, block by block."""
+    """The checkpoint tensors of every parameter of a model, block by block."""
     block = dict(BLOCK)
     block |= QKV_BIAS if config.qkv_bias else {}
     block |= O_BIAS if config.o_bias else {}

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..parallel.shard import Placed, Span
-from .config import read_json
+from ..parallel.spans import Placed, Span
+from ..tokenizer.json_file import read_json
 from .sharding import placements
 from .transformer import Transformer
 

@@ -1,8 +1,9 @@
 """Ranks, collectives that count their bytes, sharded layers, and the sharded vocabulary."""
 
+import sys
 from typing import TYPE_CHECKING
 
-from .lazy import lazily
+from ..kernels.lazy_imports import lazy_package
 
 __all__ = [
     "ColumnLinear",
@@ -17,11 +18,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .group import TensorParallel, Traffic
+    from .head_reduce import Winners, reduce_head
     from .linear import ColumnLinear, RowLinear
     from .vocab import VocabEmbedding, VocabHead
-    from .winners import Winners, reduce_head
 else:
-    # Imported when first used: the spans of a rank do without torch.
     _HOMES = {
         "ColumnLinear": ".linear",
         "RowLinear": ".linear",
@@ -29,7 +29,7 @@ else:
         "Traffic": ".group",
         "VocabEmbedding": ".vocab",
         "VocabHead": ".vocab",
-        "Winners": ".winners",
-        "reduce_head": ".winners",
+        "Winners": ".head_reduce",
+        "reduce_head": ".head_reduce",
     }
-    __getattr__, __dir__ = lazily(__name__, _HOMES)
+    sys.modules[__name__].__class__ = lazy_package(_HOMES)

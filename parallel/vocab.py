@@ -11,7 +11,7 @@ from torch import Tensor, empty, nn
 
 from .collectives import reduce_from_ranks
 from .group import TensorParallel
-from .shard import Span
+from .spans import Span
 
 
 class VocabEmbedding(nn.Module):

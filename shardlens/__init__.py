@@ -1,8 +1,9 @@
 """Read and steer LLaMA and Qwen models too large for one GPU, while they run."""
 
+import sys
 from typing import TYPE_CHECKING
 
-from .parallel.lazy import lazily
+from .kernels.lazy_imports import lazy_package
 
 __all__ = [
     "LensSpec",
@@ -28,38 +29,38 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .engine.lens_spec import LensSpec
+    from .engine.sampling import Sampling
+    from .engine.steering import Steering
+    from .engine.vectors import SteeringVectors
     from .interp.extract import extract
-    from .interp.lens import LensSpec
     from .interp.pairs import Pair, read_pairs
     from .interp.prompts import PromptForm
     from .interp.report import SteerabilityReport
     from .interp.steerability import steerability
     from .interp.trace import Trace
-    from .interp.vectors import SteeringVectors
     from .model.config import ModelConfig
     from .model.load import load
     from .model.points import Tap
-    from .model.sampling import Sampling
-    from .model.steering import Steering
-    from .model.tokenizer import Tokenizer
     from .model.transformer import Transformer
     from .parallel.group import TensorParallel
     from .run import Result, generate, lens
+    from .tokenizer.tokenizer import Tokenizer
 else:
     # Imported when first used: torch takes seconds, and not every command needs it.
     _HOMES = {
-        "LensSpec": ".interp.lens",
+        "LensSpec": ".engine.lens_spec",
         "ModelConfig": ".model.config",
         "Pair": ".interp.pairs",
         "PromptForm": ".interp.prompts",
         "Result": ".run",
-        "Sampling": ".model.sampling",
+        "Sampling": ".engine.sampling",
         "SteerabilityReport": ".interp.report",
-        "Steering": ".model.steering",
-        "SteeringVectors": ".interp.vectors",
+        "Steering": ".engine.steering",
+        "SteeringVectors": ".engine.vectors",
         "Tap": ".model.points",
         "TensorParallel": ".parallel.group",
-        "Tokenizer": ".model.tokenizer",
+        "Tokenizer": ".tokenizer.tokenizer",
         "Trace": ".interp.trace",
         "Transformer": ".model.transformer",
         "extract": ".interp.extract",
@@ -69,4 +70,5 @@ else:
         "read_pairs": ".interp.pairs",
         "steerability": ".interp.steerability",
     }
-    __getattr__, __dir__ = lazily(__name__, _HOMES, ("interp", "kernels", "model", "parallel"))
+    _FOLDERS = ("engine", "interp", "kernels", "model", "parallel", "tokenizer")
+    sys.modules[__name__].__class__ = lazy_package(_HOMES, _FOLDERS)

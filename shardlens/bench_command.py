@@ -23,7 +23,7 @@ from .bench.models import CPU_SHAPES, N_LAYERS, model_config
 from .bench.report import RESULTS, emit
 from .bench.shapes import GRIDS, OPS, cases
 from .cli import is_printing_rank
-from .interp.output import check_writable, write_json
+from .engine.files import check_writable, write_json
 from .model.load import default_device
 from .parallel.group import TensorParallel
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from .interp.lens import LensSpec
-from .interp.output import write_json
-from .model.generation import check_prompts
+from .engine.files import write_json
+from .engine.generation import check_prompts
+from .engine.lens_spec import LensSpec
 from .run import Result, generate
 from .session import (
     Session,

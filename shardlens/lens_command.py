@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from .interp.lens import LensSpec
-from .interp.output import write_json
-from .interp.show import print_trace
+from .engine.files import write_json
+from .engine.lens_spec import LensSpec
+from .interp.trace_table import print_trace
 from .model.points import POINTS
 from .run import Result, generate
 from .session import (

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .cli import is_printing_rank
-from .interp.output import check_writable, write_json
-from .model.config import DTYPE_BYTES, ModelConfig, find_config
-from .model.plan import GIB, GPUS, Gpu, Plan, fewest_ranks, gib, largest_group, plan
+from .engine.files import check_writable, write_json
+from .engine.plan import GIB, GPUS, Gpu, Plan, fewest_ranks, gib, largest_group, plan
+from .model.config import DTYPE_BYTES, ModelConfig
 from .model.points import check_point, parse_layers
+from .model.source import find_config
 
 WIDTH = 100
 MEMORY = ("weights", "cache", "taps", "lens", "prefill", "graph")

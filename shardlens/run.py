@@ -8,12 +8,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from .interp.lens import LensRecorder, LensSpec, OnLens
+from .engine.generation import OnProgress, OnToken, generate_tokens
+from .engine.lens_spec import LensSpec
+from .engine.sampling import Sampling
+from .engine.steering import Steering
+from .interp.lens import LensRecorder, OnLens
 from .interp.trace import Trace
-from .model.generation import OnProgress, OnToken, generate_tokens
 from .model.points import Layers
-from .model.sampling import Sampling
-from .model.steering import Steering
 from .model.transformer import Transformer
 
 Prompt = str | Sequence[int] | Tensor

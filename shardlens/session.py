@@ -12,20 +12,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .interp.lens import LensSpec
-from .interp.output import check_writable
-from .interp.show import WIDTH
+from .engine.files import check_writable
+from .engine.lens_spec import LensSpec
+from .engine.plan import DeviceType, check_fits, device_memory_bytes, plan
+from .engine.sampling import Sampling
 from .interp.trace_files import check_format
-from .kernels.switch import IMPLEMENTATIONS, set_implementation
+from .interp.trace_table import WIDTH
+from .kernels.dispatch import IMPLEMENTATIONS, set_implementation
 from .model.config import DTYPE_BYTES, ModelConfig, torch_dtype
 from .model.load import default_device, load
-from .model.plan import DeviceType, check_fits, device_memory_bytes, plan
 from .model.points import Tap
-from .model.sampling import Sampling
-from .model.tokenizer import Tokenizer
 from .model.transformer import Transformer
 from .parallel.collectives import agreed
 from .parallel.group import TensorParallel
+from .tokenizer.tokenizer import Tokenizer
 
 # raises ValueError for a path whose ending cannot be written
 CheckFile = Callable[[Path], None]

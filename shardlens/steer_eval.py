@@ -6,21 +6,20 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .interp.lens import LensSpec
-from .interp.output import write_json
+from .engine.files import write_json
+from .engine.lens_spec import LensSpec
+from .engine.steering import UNITS
+from .engine.vectors import SteeringVectors
 from .interp.pairs import Pair, read_pairs
 from .interp.prompts import encode_pairs, split_pairs
 from .interp.propensity import PROTOCOLS
 from .interp.report import SteerabilityReport
 from .interp.report_png import check_matplotlib
-from .interp.report_show import curve_table, layer_map, slopes_table, summary_lines
+from .interp.report_table import curve_table, layer_map, slopes_table, summary_lines
 from .interp.slopes import MULTIPLIERS
 from .interp.steerability import steerability
-from .interp.suggestion import suggest
-from .interp.vectors import SteeringVectors
+from .interp.suggest import suggest
 from .model.config import ModelConfig
-from .model.steering import UNITS
-from .model.tokenizer import Tokenizer
 from .session import (
     NeedsFn,
     Session,
@@ -38,6 +37,7 @@ from .steer_session import (
     form_of,
     pair_needs,
 )
+from .tokenizer.tokenizer import Tokenizer
 
 HELP = "measure how far answers follow a vector"
 SUGGESTED = "suggested"

@@ -9,15 +9,14 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from .engine.files import write_json
+from .engine.lens_spec import LensSpec
+from .engine.vector_files import check_format
+from .engine.vectors import SteeringVectors
 from .interp.extract import taps_of
-from .interp.lens import LensSpec
-from .interp.output import write_json
 from .interp.pairs import Pair, read_pairs
 from .interp.prompts import split_pairs
-from .interp.vector_files import check_format
-from .interp.vectors import SteeringVectors
 from .model.config import ModelConfig
-from .model.tokenizer import Tokenizer
 from .session import NeedsFn, add_json_argument, add_model_arguments, open_session
 from .steer_session import (
     add_extraction_arguments,
@@ -27,6 +26,7 @@ from .steer_session import (
     pair_needs,
     points_of,
 )
+from .tokenizer.tokenizer import Tokenizer
 
 HELP = "make vectors from pairs of answers"
 

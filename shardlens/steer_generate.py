@@ -11,14 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from .engine.files import write_json
+from .engine.lens_spec import LensSpec
+from .engine.steering import POSITION_RULES, UNITS, Rule, Steering
+from .engine.vectors import SteeringVectors
 from .interp.extract import model_fingerprint
-from .interp.lens import LensSpec
-from .interp.output import write_json
-from .interp.vectors import SteeringVectors
 from .kernels.edits import MODES
 from .model.config import ModelConfig
-from .model.steering import POSITION_RULES, UNITS, Rule, Steering
-from .model.tokenizer import Tokenizer
 from .run import Result, generate
 from .session import (
     NeedsFn,
@@ -33,6 +32,7 @@ from .session import (
     sampling_of,
 )
 from .steer_session import add_place_arguments
+from .tokenizer.tokenizer import Tokenizer
 
 HELP = "continue a prompt, unsteered and steered"
 

@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .engine.lens_spec import LensSpec
+from .engine.steering import DEFAULT_POINT
+from .engine.vectors import METHODS, SteeringVectors
 from .interp.extract import AT, extract
-from .interp.lens import LensSpec
 from .interp.pairs import Pair
 from .interp.prompts import PairIds, PromptForm, encode_pairs
-from .interp.vectors import METHODS, SteeringVectors
 from .model.config import ModelConfig
 from .model.points import POINTS, Layers
-from .model.steering import DEFAULT_POINT
-from .model.tokenizer import Tokenizer
 from .session import NeedsFn, Session, progress
+from .tokenizer.tokenizer import Tokenizer
 
 # how pairs become tokens
 PairForm = Callable[[Tokenizer, Sequence[Pair]], list[PairIds]]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardlens.engine.edit_table import EditTable
+from shardlens.engine.steering import Steering
 from shardlens.model import Transformer, load_weights
-from shardlens.model.edit_table import EditTable
-from shardlens.model.load import read_config
 from shardlens.model.points import Tap
-from shardlens.model.steering import Steering
+from shardlens.model.source import read_config
 from shardlens.parallel.group import TensorParallel
 
 IDS = torch.randint(3, 509, (19,), generator=torch.Generator().manual_seed(7)).tolist()

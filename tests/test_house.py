@@ -14,7 +14,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Top to bottom: a folder imports only what stands below it.
-ORDER = ["shardlens", "bench", "interp", "model", "parallel", "kernels"]
+ORDER = [
+    "shardlens",
+    "bench",
+    "interp",
+    "engine",
+    "model",
+    "tokenizer",
+    "parallel",
+    "kernels",
+]
 
 
 def imported_folders(path: Path) -> set[str]:

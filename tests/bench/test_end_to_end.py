@@ -26,8 +26,8 @@ from shardlens.bench.baselines import ArmOutput
 from shardlens.bench.end_to_end_checks import disagreement, problems
 from shardlens.bench.end_to_end_report import print_result, verdicts
 from shardlens.bench.models import N_LAYERS, model_config, random_model
+from shardlens.engine.plan import plan
 from shardlens.model import ModelConfig, Transformer
-from shardlens.model.plan import plan
 from shardlens.parallel.group import TensorParallel
 
 SETUP = Setup("cpu", torch.float32, torch.device("cpu"), prompt_tokens=9, new_tokens=6, rounds=1)

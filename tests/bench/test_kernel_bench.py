@@ -27,7 +27,7 @@ from shardlens.bench.kernels import COLUMNS, Bench, arms_of, measure
 from shardlens.bench.shapes import GRIDS, MODELS, OPS, Case, cases
 from shardlens.bench.timing import Rates, interleaved, peak_extra_bytes, set_count
 from shardlens.cli import main
-from shardlens.kernels.switch import implementation
+from shardlens.kernels.dispatch import implementation
 
 CPU = torch.device("cpu")
 TINY = {

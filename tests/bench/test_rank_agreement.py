@@ -16,8 +16,8 @@ from shardlens.bench.on_ranks import RANK_ERROR, on_ranks
 from shardlens.bench.rank_agreement import NEW_TOKENS, PROMPTS, differences, read_prompts, traces_of
 from shardlens.cli import main
 from shardlens.interp.trace import Trace
-from shardlens.model.load import DEMO
 from shardlens.model.points import Tap
+from shardlens.model.source import DEMO
 from shardlens.parallel.group import TensorParallel
 
 TAPS = (Tap(0, "resid_post"), Tap(1, "resid_post"))

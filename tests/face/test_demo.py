@@ -13,12 +13,12 @@ from tolerances import LENS, LOGITS_RELATIVE
 
 import shardlens
 from shardlens.bench.compiled import CHIPS
+from shardlens.engine.edit_table import EditTable
+from shardlens.engine.steering import Steering
 from shardlens.kernels.head_cut import cut, extra_bytes
-from shardlens.model.access import Capture
-from shardlens.model.edit_table import EditTable
-from shardlens.model.load import DEMO
 from shardlens.model.points import Tap
-from shardlens.model.steering import Steering
+from shardlens.model.source import DEMO
+from shardlens.model.tap_sink import RowTaps
 from shardlens.parallel.group import TensorParallel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,8 +112,8 @@ def test_a_disposition_is_a_direction(path: Path, demo: tuple[Any, Any]) -> None
     def state(text: str) -> torch.Tensor:
         ids = ids_of(text)
         last = torch.tensor([ids.shape[1] - 1])
-        capture = Capture((place,), last, model.config.d, dtype=model.dtype)
-        model(ids, access=capture)
+        capture = RowTaps((place,), last, model.config.d, dtype=model.dtype)
+        model(ids, sink=capture)
         return capture.states[0, 0]
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from oracles import LLAMA_405B
 import shardlens
 from shardlens import cli
 from shardlens.cli import main
-from shardlens.model.plan import GPUS
+from shardlens.engine.plan import GPUS
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import shardlens
 from shardlens.cli import main
-from shardlens.model.load import DEMO
 from shardlens.model.points import Tap
+from shardlens.model.source import DEMO
 
 PAIRS = DEMO / "dispositions-cautious-bold.jsonl"
 CONTRAST = ["--contrast", "Anna is cautious.", "Anna is bold."]

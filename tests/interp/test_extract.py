@@ -18,15 +18,15 @@ from steered import load
 from tolerances import EFFECT, EXTRACTED, SAME_STATES
 from torch import Tensor
 
+from shardlens.engine.vectors import METHODS, SteeringVectors
 from shardlens.interp.extract import extract, pair_states
 from shardlens.interp.pairs import Pair
 from shardlens.interp.prompts import PromptForm, encode_contrast, encode_pairs
-from shardlens.interp.vectors import METHODS, SteeringVectors
 from shardlens.model import Transformer
-from shardlens.model.config import DEMO
 from shardlens.model.points import POINTS, Tap
-from shardlens.model.tokenizer import Tokenizer
+from shardlens.model.source import DEMO
 from shardlens.parallel.group import TensorParallel
+from shardlens.tokenizer.tokenizer import Tokenizer
 
 FOUR_RANKS = dict(vocab_size=1280, num_key_value_heads=4)
 ALL_BUT_PRE, ALL_BUT_POST = POINTS[1:], POINTS[:-1]  # both would name most places twice

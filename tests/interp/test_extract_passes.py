@@ -14,15 +14,15 @@ from steered import load
 from tolerances import EXTRACTED
 from torch import Tensor
 
+from shardlens.engine.vectors import METHODS, Origin
 from shardlens.interp.extract import extract, model_fingerprint
 from shardlens.interp.pairs import Pair
 from shardlens.interp.prompts import PromptForm, encode_pairs
-from shardlens.interp.vectors import METHODS, Origin
 from shardlens.model import Transformer
-from shardlens.model.config import DEMO
 from shardlens.model.points import POINTS, Tap
-from shardlens.model.tokenizer import Tokenizer
+from shardlens.model.source import DEMO
 from shardlens.parallel.group import TensorParallel
+from shardlens.tokenizer.tokenizer import Tokenizer
 
 SINGLE = TensorParallel.single()
 ALL_BUT_PRE, ALL_BUT_POST = POINTS[1:], POINTS[:-1]  # both would name most places twice

@@ -17,10 +17,10 @@ import shardlens
 from shardlens.interp import lens as lens_module
 from shardlens.kernels.head_stats_reference import head_stats_reference
 from shardlens.model import load_weights
-from shardlens.model.access import Capture
-from shardlens.model.load import read_config
 from shardlens.model.points import POINTS, Tap, parse_layers
-from shardlens.parallel import winners as winners_module
+from shardlens.model.source import read_config
+from shardlens.model.tap_sink import RowTaps
+from shardlens.parallel import head_reduce as winners_module
 from shardlens.parallel.group import TensorParallel
 
 TOKEN_IDS = torch.randint(3, 509, (45,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -48,9 +48,9 @@ def load(checkpoint: Path, parallel: TensorParallel) -> shardlens.Transformer:
 def oracle(model: shardlens.Transformer, checkpoint: Path) -> ExactLens:
     """Exact lens of every point of every layer, of the states that this model computes."""
     taps = tuple(Tap(layer, point) for layer in range(model.config.n_layers) for point in POINTS)
-    capture = Capture(taps, torch.arange(len(TOKEN_IDS)), model.config.d, dtype=model.dtype)
+    capture = RowTaps(taps, torch.arange(len(TOKEN_IDS)), model.config.d, dtype=model.dtype)
     cache = model.new_cache(1, len(TOKEN_IDS))
-    model(torch.tensor([TOKEN_IDS]), cache=cache, access=capture)
+    model(torch.tensor([TOKEN_IDS]), cache=cache, sink=capture)
     full_head = load(checkpoint, TensorParallel.single()).head.weight
     return exact_lens(model.norm(capture.states), full_head)
 
@@ -216,8 +216,8 @@ def test_generation_lens_equals_lens_of_the_text(
 def test_captured_states_are_copies(checkpoint: Path) -> None:
     """A view of one position would keep the activations of the whole pass alive."""
     model = load(checkpoint, TensorParallel.single())
-    capture = Capture((Tap(1, "resid_mid"),), torch.tensor([44]), model.config.d, dtype=model.dtype)
-    model(torch.tensor([TOKEN_IDS]), access=capture)
+    capture = RowTaps((Tap(1, "resid_mid"),), torch.tensor([44]), model.config.d, dtype=model.dtype)
+    model(torch.tensor([TOKEN_IDS]), sink=capture)
     assert capture.states.untyped_storage().nbytes() == model.config.d * 4
 
 

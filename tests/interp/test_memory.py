@@ -14,9 +14,9 @@ import torch
 import shardlens
 from shardlens.model import ModelConfig, Transformer, init_weights
 from shardlens.parallel.group import TensorParallel
-from shardlens.parallel.shard import split_vocab
+from shardlens.parallel.head_reduce import reduce_head
+from shardlens.parallel.spans import split_vocab
 from shardlens.parallel.vocab import VocabHead
-from shardlens.parallel.winners import reduce_head
 
 
 @pytest.mark.slow

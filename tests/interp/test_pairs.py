@@ -13,7 +13,7 @@ import pytest
 
 from shardlens.interp.pairs import Pair, read_pairs
 from shardlens.interp.prompts import split_pairs
-from shardlens.model.config import DEMO
+from shardlens.model.source import DEMO
 
 EVALS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 GOOD = {

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import tokenizers
 
-from shardlens.interp.offsets import token_spans
 from shardlens.interp.pairs import Pair, read_pairs
 from shardlens.interp.prompts import (
     PairIds,
@@ -23,8 +22,9 @@ from shardlens.interp.prompts import (
     encode_pairs,
     label_of,
 )
-from shardlens.model.config import DEMO
-from shardlens.model.tokenizer import Tokenizer
+from shardlens.model.source import DEMO
+from shardlens.tokenizer.spans import token_spans
+from shardlens.tokenizer.tokenizer import Tokenizer
 
 LLAMA2, LLAMA3 = "tokenizers/llama2", "tokenizers/llama3"
 LLAMA31, QWEN3, STORIES = "tokenizers/llama3.1-hf", "tokenizers/qwen3-hf", "stories260K-hf"

@@ -15,18 +15,18 @@ from steered import hook_for, load
 from tolerances import CHUNKING, EFFECT, LENS
 from torch import Tensor
 
+from shardlens.engine.edit_table import EditTable
+from shardlens.engine.steering import Steering
 from shardlens.interp import propensity
 from shardlens.interp.pairs import Pair
 from shardlens.interp.prompts import PairIds, PromptForm, Side, encode_pair
 from shardlens.interp.propensity import PROTOCOLS, Item, Variants, propensities
 from shardlens.interp.slopes import MULTIPLIERS
 from shardlens.model import Transformer
-from shardlens.model.config import DEMO
-from shardlens.model.edit_table import EditTable
 from shardlens.model.points import POINTS, Tap
-from shardlens.model.steering import Steering
-from shardlens.model.tokenizer import Tokenizer
+from shardlens.model.source import DEMO
 from shardlens.parallel.group import TensorParallel
+from shardlens.tokenizer.tokenizer import Tokenizer
 
 # The weights of `oracles` are so large that two float32 passes differ by more than the 1e-5 nats
 # that propensities are held to: logits of order 1 keep rounding far below.

@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from tolerances import FLOAT64
 
 from shardlens.interp.report import SteerabilityReport, check_format
-from shardlens.interp.report_show import curve_table, layer_map, slopes_table, summary_lines
+from shardlens.interp.report_table import curve_table, layer_map, slopes_table, summary_lines
 from shardlens.interp.slopes import MULTIPLIERS, difference, example_slopes, summarize
 from shardlens.model.points import Tap
 

@@ -15,8 +15,11 @@ from tolerances import CHUNKING, EFFECT, LENS
 from torch import Tensor
 
 from shardlens.bench.shared_weights import as_transformers
+from shardlens.engine.edit_table import EditTable
+from shardlens.engine.steering import Steering
+from shardlens.engine.vectors import Origin, SteeringVectors
 from shardlens.interp import steerability as sweep
-from shardlens.interp import suggestion
+from shardlens.interp import suggest as suggestion
 from shardlens.interp.extract import extract, model_fingerprint
 from shardlens.interp.pairs import Pair, read_pairs
 from shardlens.interp.prompts import PairIds, PromptForm, encode_pairs, split_pairs
@@ -24,15 +27,12 @@ from shardlens.interp.propensity import PROTOCOLS, Variants
 from shardlens.interp.report import SteerabilityReport
 from shardlens.interp.slopes import MULTIPLIERS
 from shardlens.interp.steerability import steerability
-from shardlens.interp.suggestion import MOST_PAIRS, OF_THE_LARGEST, suggest
-from shardlens.interp.vectors import Origin, SteeringVectors
+from shardlens.interp.suggest import MOST_PAIRS, OF_THE_LARGEST, suggest
 from shardlens.model import ModelConfig, Transformer, init_weights
-from shardlens.model.config import DEMO
-from shardlens.model.edit_table import EditTable
 from shardlens.model.load import load
 from shardlens.model.points import Tap
-from shardlens.model.steering import Steering
-from shardlens.model.tokenizer import Tokenizer
+from shardlens.model.source import DEMO
+from shardlens.tokenizer.tokenizer import Tokenizer
 
 N_LAYERS, D = 3, 48
 STEPS = (-1.0, 0.0, 0.5, 2.0)

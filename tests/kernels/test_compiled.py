@@ -19,7 +19,7 @@ from shardlens.bench.compiled import CHIPS
 from shardlens.kernels.head_cut import configs_of
 from shardlens.kernels.rope import rope_angles_reference
 from shardlens.model import ModelConfig, Transformer, init_weights
-from shardlens.model.transformer import causal_attention
+from shardlens.model.attention import causal_attention
 
 # What the head's product of many rows must use.
 INSTRUCTIONS = {

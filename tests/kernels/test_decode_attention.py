@@ -15,7 +15,7 @@ from shardlens.kernels.decode_attention import (
     decode_attention_reference,
     split_count,
 )
-from shardlens.kernels.switch import implementation
+from shardlens.kernels.dispatch import implementation
 
 HALF_TYPES = [torch.bfloat16, torch.float16]
 

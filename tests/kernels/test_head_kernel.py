@@ -11,22 +11,17 @@ from tolerances import GUMBEL, LENS
 from torch import Tensor
 
 from shardlens.kernels import head_cut
+from shardlens.kernels.dispatch import implementation
 from shardlens.kernels.gumbel import gumbel_reference
 from shardlens.kernels.head_stats import head_stats
-from shardlens.kernels.head_stats_reference import (
-    HeadStats,
-    Noise,
-    Target,
-    head_stats_reference,
-)
+from shardlens.kernels.head_stats_reference import HeadStats, Noise, Target, head_stats_reference
 from shardlens.kernels.rmsnorm_steer import rmsnorm_reference
 from shardlens.kernels.rounding import tensor_core_slack
-from shardlens.kernels.switch import implementation
 from shardlens.kernels.target_logits import target_logits
 from shardlens.parallel.group import TensorParallel
-from shardlens.parallel.shard import split_vocab
+from shardlens.parallel.head_reduce import Winners, reduce_head
+from shardlens.parallel.spans import split_vocab
 from shardlens.parallel.vocab import VocabHead
-from shardlens.parallel.winners import Winners, reduce_head
 
 
 def inputs(rows: int, vocab: int, d: int, dtype: torch.dtype, device: torch.device) -> Any:

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardlens.bench.shapes import MODELS
 from shardlens.kernels import head_cut, launch
 from shardlens.kernels.decode_attention import decode_attention
+from shardlens.kernels.dispatch import implementation
 from shardlens.kernels.head_stats import head_stats
 from shardlens.kernels.head_stats_reference import Target
 from shardlens.kernels.launch import Chip, Config, choose, fewest_parts, pretending
-from shardlens.kernels.switch import implementation
 
 module = import_module("shardlens.kernels.head_stats")  # the package gives the function that name
 H100, A10, A100, B200, RTX_5090 = (

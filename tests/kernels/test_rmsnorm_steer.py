@@ -10,9 +10,9 @@ from oracles import assert_as_good
 from tolerances import EFFECT, GRADIENT_RELATIVE, KERNEL_EPS
 from torch import Tensor
 
+from shardlens.kernels.dispatch import implementation
 from shardlens.kernels.edits import MODES, Edits
 from shardlens.kernels.rmsnorm_steer import rmsnorm_steer, rmsnorm_steer_reference
-from shardlens.kernels.switch import implementation
 
 EPS = 1e-5
 TABLE = 6  # one vector for each mode, one more, and one of zeros

@@ -7,8 +7,8 @@ import torch
 from oracles import assert_as_good
 from torch import Tensor
 
+from shardlens.kernels.dispatch import implementation
 from shardlens.kernels.swiglu import swiglu, swiglu_reference
-from shardlens.kernels.switch import implementation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from oracles import assert_as_good
 
+from shardlens.kernels.dispatch import implementation
 from shardlens.kernels.rounding import tensor_core_slack
-from shardlens.kernels.switch import implementation
 from shardlens.kernels.target_logits import target_logits, target_logits_reference
 
 

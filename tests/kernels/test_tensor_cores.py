@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from shardlens.kernels import head_cut
+from shardlens.kernels.dispatch import implementation
 from shardlens.kernels.head_stats import head_stats
 from shardlens.kernels.head_stats_reference import HeadStats, Target, head_stats_reference
-from shardlens.kernels.language import tl, triton
 from shardlens.kernels.launch import Chip, Config
 from shardlens.kernels.rounding import tensor_core_slack
-from shardlens.kernels.switch import implementation
 from shardlens.kernels.target_logits import target_logits, target_logits_reference
+from shardlens.kernels.triton_shim import tl, triton
 
 module = import_module("shardlens.kernels.head_stats")  # the package gives the function that name
 V, D, K, FIRST_ID = 250, 4096, 8, 1000

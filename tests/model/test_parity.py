@@ -11,11 +11,11 @@ from oracles import FAMILIES, hf_model, save
 from tolerances import EFFECT, LOGITS_RELATIVE
 from torch import Tensor
 
-from shardlens.kernels.switch import implementation
+from shardlens.engine.generation import generate_tokens
+from shardlens.engine.sampling import Sampling
+from shardlens.kernels.dispatch import implementation
 from shardlens.model import ModelConfig, Transformer, load_weights
-from shardlens.model.generation import generate_tokens
-from shardlens.model.load import read_config
-from shardlens.model.sampling import Sampling
+from shardlens.model.source import read_config
 from shardlens.parallel.group import TensorParallel
 
 LENGTH = 37

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
+from shardlens.engine.generation import generate_tokens
+from shardlens.engine.sampling import Sampling
 from shardlens.model import ModelConfig, Transformer, init_weights
-from shardlens.model.generation import generate_tokens
-from shardlens.model.sampling import Sampling
 
 PROMPTS = [list(range(3, 40)), [7], list(range(50, 61)), list(range(100, 133))]
 CHUNK = 8

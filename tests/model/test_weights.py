@@ -17,8 +17,8 @@ from torch import Tensor
 
 import shardlens
 from shardlens.model import Transformer, hf_state_dict, init_weights, load_weights
-from shardlens.model.load import read_config, resolve
 from shardlens.model.sharding import placements
+from shardlens.model.source import find_model, read_config
 from shardlens.parallel.group import TensorParallel
 
 
@@ -162,7 +162,7 @@ def test_bad_checkpoints_are_refused_by_name(name: str, checkpoint: Path) -> Non
 
 def test_what_no_directory_and_no_hub_id_is() -> None:
     with pytest.raises(ValueError, match="/no/such/place is no directory"):
-        resolve("/no/such/place", TensorParallel.single())
+        find_model("/no/such/place", TensorParallel.single())
 
 
 def test_hub_id_is_downloaded_whole(monkeypatch: pytest.MonkeyPatch, stories: Path) -> None:

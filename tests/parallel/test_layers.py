@@ -13,12 +13,7 @@ from torch import Tensor
 from shardlens.parallel.collectives import agreed, all_gather, all_reduce
 from shardlens.parallel.group import TensorParallel
 from shardlens.parallel.linear import ColumnLinear, RowLinear
-from shardlens.parallel.shard import (
-    split_even,
-    split_heads,
-    split_kv_heads,
-    split_vocab,
-)
+from shardlens.parallel.spans import split_even, split_heads, split_kv_heads, split_vocab
 from shardlens.parallel.vocab import VocabEmbedding
 
 IN, MID, OUT, VOCAB = 12, 23, 9, 31  # no rank count above 1 divides MID or VOCAB

@@ -1,0 +1,261 @@
+"""Steering vectors as files: safetensors for everything, gguf for llama.cpp and repeng.
+
+A gguf control vector holds `direction.K`, one dim of float32, which llama.cpp adds to the output of
+block K counted from 0: our Tap(K, "resid_post"). repeng numbers its layers in the same way (its
+direction K is made from and added to what block K gives out), so nothing is shifted. llama.cpp has
+no direction.0: it refuses a file that has one. repeng may write one; it is read, but never written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..model.config import ModelConfig
+from ..model.points import POINTS, Tap
+from .files import replacing, require
+from .vectors import Origin, SteeringVectors, tap_name
+
+FORMAT = "shardlens steering vectors"
+VERSION = 1
+ARCHITECTURE = "controlvector"
+OURS = "shardlens."  # starts the names of what other readers of a gguf file do not ask for
+# What gguf's reader raises where a file ends early or holds numbers that mean nothing.
+BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError)
+
+
+class Format(NamedTuple):
+    write: Callable[[SteeringVectors, Path], None]
+    read: Callable[[Path, ModelConfig | None], SteeringVectors]
+
+
+def save_vectors(vectors: SteeringVectors, path: Path) -> None:
+    """Write in the format that the ending of `path` names, or nothing. Raises ValueError."""
+    check_format(path, vectors.taps)
+    _format(path).write(vectors, path)
+
+
+def load_vectors(path: Path, config: ModelConfig | None = None) -> SteeringVectors:
+    """Read vectors, checked against `config` if given. Raises ValueError naming the file."""
+    check_format(path)
+    try:
+        vectors = _format(path).read(path, config)
+        if config is not None:
+            vectors.check(config)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return vectors
+
+
+def check_format(path: Path, taps: Iterable[Tap] = ()) -> None:
+    """Raise ValueError if vectors at `taps` cannot be written to `path`; cheap, for before work."""
+    if _format(path) is _FORMATS[".gguf"]:
+        require("gguf", "gguf", str(path))
+        for tap in taps:
+            _block_of(tap)
+
+
+def _format(path: Path) -> Format:
+    if path.suffix not in _FORMATS:
+        raise ValueError(
+            f"{path}: steering vectors are kept as {' or '.join(_FORMATS)}, by the ending"
+        )
+    return _FORMATS[path.suffix]
+
+
+def _write_safetensors(vectors: SteeringVectors, path: Path) -> None:
+    tensors = {f"{tap.point}.{tap.layer}": vector for tap, vector in vectors.vectors.items()}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "n_layers": str(vectors.n_layers),
+        "resid_norms": _norms_text(vectors.resid_norms),
+        "origin": _origin_text(vectors.origin),
+    }
+    with replacing(path) as partial:
+        # not save_file, whose file nobody else may read
+        partial.write_bytes(save(tensors, metadata))
+
+
+def _read_safetensors(path: Path, _: ModelConfig | None) -> SteeringVectors:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"this is not a whole safetensors file ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError("this safetensors file does not hold steering vectors of shardlens")
+    texts = _Texts(metadata)
+    texts.check_version()
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"tensor {name} is {tensor.dtype}, not torch.float32")
+    return SteeringVectors(
+        {_parse_tap(name): tensor for name, tensor in tensors.items()},
+        texts.norms(),
+        texts.whole_number("n_layers"),
+        texts.origin(),
+    )
+
+
+def _write_gguf(vectors: SteeringVectors, path: Path) -> None:
+    from gguf import GGUFWriter
+
+    blocks = {_block_of(tap): vector for tap, vector in vectors.vectors.items()}
+    norms = {Tap(_block_of(tap), "resid_post"): norm for tap, norm in vectors.resid_norms.items()}
+    with replacing(path) as partial:
+        writer = GGUFWriter(partial, ARCHITECTURE)
+        try:
+            # A writer leaves out empty strings, and repeng refuses a file without a hint.
+            writer.add_string(f"{ARCHITECTURE}.model_hint", vectors.origin.model or "unknown")
+            writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(blocks))  # as repeng counts
+            writer.add_string(f"{OURS}version", str(VERSION))
+            writer.add_string(f"{OURS}n_layers", str(vectors.n_layers))
+            writer.add_string(f"{OURS}resid_norms", _norms_text(norms))
+            writer.add_string(f"{OURS}origin", _origin_text(vectors.origin))
+            for block, vector in blocks.items():
+                writer.add_tensor(f"direction.{block}", vector.numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def _block_of(tap: Tap) -> int:
+    """K of the `direction.K` that is added where `tap` is. Raises ValueError if there is none."""
+    place = tap.canonical
+    if place.point != "resid_pre":
+        raise ValueError(
+            f"gguf holds vectors for the output of blocks (resid_post), not {tap_name(tap)}: "
+            "save as .safetensors"
+        )
+    block = place.layer - 1
+    if block < 1:
+        what = "the embedding" if block < 0 else "the output of layer 0"
+        raise ValueError(
+            f"gguf has no room for {what}, which is {tap_name(tap)} (llama.cpp starts at layer 1): "
+            "leave it out by giving layers, or save as .safetensors"
+        )
+    return block
+
+
+def _read_gguf(path: Path, config: ModelConfig | None) -> SteeringVectors:
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except BROKEN as error:
+        raise ValueError(f"this is not a whole gguf file ({error})") from None
+    if fields.get("general.architecture") != ARCHITECTURE:
+        raise ValueError(
+            f"this gguf file holds {fields.get('general.architecture', 'nothing known')}, "
+            f"not a {ARCHITECTURE}"
+        )
+    vectors: dict[Tap, Tensor] = {}
+    for held in reader.tensors:
+        match = re.fullmatch(r"direction\.(0|[1-9][0-9]{0,5})", held.name)
+        if match is None:
+            raise ValueError(f"tensor {held.name} is no direction.K of a {ARCHITECTURE}")
+        if held.tensor_type != GGMLQuantizationType.F32:
+            raise ValueError(f"tensor {held.name} is {held.tensor_type.name}, not F32")
+        # a copy in this machine's byte order: what the reader gives is a view of the file
+        vectors[Tap(int(match[1]), "resid_post")] = torch.from_numpy(held.data.astype("=f4"))
+    texts = _Texts({name.removeprefix(OURS): fields[name] for name in fields if OURS in name})
+    if not texts:  # of another tool
+        n_layers = config.n_layers if config is not None else _least_depth(vectors, fields)
+        return SteeringVectors(vectors, {}, n_layers, Origin(method="gguf"))
+    texts.check_version()
+    return SteeringVectors(vectors, texts.norms(), texts.whole_number("n_layers"), texts.origin())
+
+
+def _least_depth(vectors: Iterable[Tap], fields: dict[str, Any]) -> int:
+    """Layers that a model needs to have. Some tools count it, others their directions."""
+    count = fields.get(f"{ARCHITECTURE}.layer_count")
+    counted = count if isinstance(count, int) else 0
+    return max([counted, *(tap.layer + 1 for tap in vectors)])
+
+
+_FORMATS = {
+    ".safetensors": Format(_write_safetensors, _read_safetensors),
+    ".gguf": Format(_write_gguf, _read_gguf),
+}
+
+
+def _norms_text(norms: dict[Tap, float]) -> str:
+    return json.dumps({f"{tap.point}.{tap.layer}": norm for tap, norm in norms.items()})
+
+
+def _origin_text(origin: Origin) -> str:
+    return json.dumps(dataclasses.asdict(origin))
+
+
+def _parse_tap(name: str) -> Tap:
+    match = re.fullmatch(r"([a-z_]+)\.(0|[1-9][0-9]{0,5})", name)
+    if match is None or match[1] not in POINTS:
+        raise ValueError(f"{name} is no POINT.LAYER of a steering vector")
+    return Tap(int(match[2]), match[1])
+
+
+class _Texts(dict[str, str]):
+    """Our metadata as a file holds it. Each reader raises ValueError naming what is wrong."""
+
+    def text(self, name: str) -> str:
+        text = self.get(name)
+        if not isinstance(text, str):
+            raise ValueError(f"metadata {name} is missing")
+        return text
+
+    def whole_number(self, name: str) -> int:
+        text = self.text(name)
+        if re.fullmatch("[1-9][0-9]{0,5}", text) is None:
+            raise ValueError(f"metadata {name} is {text!r}, not a whole number")
+        return int(text)
+
+    def check_version(self) -> None:
+        version = self.whole_number("version")
+        if version > VERSION:
+            raise ValueError(f"version {version} of the format needs a newer shardlens")
+
+    def _object(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads(self.text(name))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"metadata {name} is no JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"metadata {name} is no JSON object")
+        return content
+
+    def norms(self) -> dict[Tap, float]:
+        norms = {}
+        for name, norm in self._object("resid_norms").items():
+            if not isinstance(norm, int | float):
+                raise ValueError(f"metadata resid_norms: {norm!r} is no number")
+            norms[_parse_tap(name)] = float(norm)
+        return norms
+
+    def origin(self) -> Origin:
+        content = self._object("origin")
+        for field in dataclasses.fields(Origin):
+            value = content.get(field.name, field.default)
+            if field.name == "pair_keys" and isinstance(value, list):
+                value = tuple(value)
+                if not all(isinstance(key, str) for key in value):
+                    value = None
+            if type(value) is not type(field.default):
+                raise ValueError(f"metadata origin: {field.name} is {value!r}")
+            content[field.name] = value
+        return Origin(**{field.name: content[field.name] for field in dataclasses.fields(Origin)})

@@ -1,0 +1,57 @@
+"""Which layer to steer, told by the lens before anything is steered.
+
+Where the lens of a layer already tells the answers of a question apart, a direction for them is
+there to be moved (Billa 2026, arXiv 2604.15557, who measures it for concepts with a known right
+answer). A behaviour has none, so here a layer's accessibility is how far apart its lens holds the
+two answers, in nats, under the lens of `resid_post`:
+
+    accessibility = mean over pairs of |log p(one label) - log p(the other)|   before the label
+
+The suggestion is the first layer within a tenth of the largest: of layers that are alike, the one
+with most blocks after it to act on the change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..engine.branches import run_branches, shared_prefix
+from ..model.points import Tap
+from ..model.tap_sink import RowTaps
+from ..model.transformer import Transformer
+from ..parallel.head_reduce import token_logits
+from .extract import check_length
+from .prompts import PairIds
+
+MOST_PAIRS = 64  # that are looked at: enough for a mean
+OF_THE_LARGEST = 0.9
+
+
+def suggest(model: Transformer, pairs: Sequence[PairIds]) -> tuple[list[float], Tap]:
+    """(accessibility of each layer, the place that is suggested); the same on every rank.
+
+    Raises ValueError for a pair that is longer than the context.
+    """
+    gaps = torch.stack([_gaps(model, pair) for pair in pairs[:MOST_PAIRS]])
+    accessibility = gaps.mean(0)
+    is_near = accessibility >= OF_THE_LARGEST * accessibility.max()
+    return accessibility.tolist(), Tap(int(is_near.int().argmax()), "resid_post")
+
+
+@torch.no_grad()
+def _gaps(model: Transformer, pair: PairIds) -> Tensor:
+    """[L] float64, nats."""
+    assert pair.matching.label_at is not None
+    ids = pair.matching.ids[: pair.matching.label_at]
+    check_length(model, len(ids))
+    taps = [Tap(layer, "resid_post") for layer in range(model.config.n_layers)]
+    last = torch.zeros(1, dtype=torch.int64, device=model.device)
+    capture = RowTaps(taps, last, model.config.d, dtype=model.dtype)
+    cache = shared_prefix(model, ids[:-1])
+    run_branches(model, cache, torch.tensor([ids[-1:]], device=model.device), sink=capture)
+    labels = torch.tensor(pair.label_ids, device=model.device)
+    logits = token_logits(model.norm(capture.states[0]), model.head, labels).double().cpu()
+    return (logits[:, 0] - logits[:, 1]).abs()  # log-probs differ by as much as logits

@@ -1,0 +1,27 @@
+"""The edits that one forward pass makes, by tap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from ..kernels.edits import Edits
+from .points import Tap
+
+
+class TapEdits:
+    """The edits of one forward pass, by canonical tap. The default is none anywhere."""
+
+    def __init__(self, by_tap: Mapping[Tap, tuple[Edits, ...]] | None = None) -> None:
+        self._by_tap = by_tap or {}
+
+    def at(self, tap: Tap) -> tuple[Edits, ...]:
+        """One per pass over the state, to be applied in this order."""
+        return self._by_tap.get(tap, ())
+
+
+NO_EDITS = TapEdits()
+
+# absolute positions [B, T] of a pass's tokens -> the edits of its B * T rows
+EditFn = Callable[[Tensor], TapEdits]

@@ -1,0 +1,74 @@
+"""How a forward pass lets its states be read: it offers them to a `TapSink` on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .points import Tap
+
+
+class TapSink:
+    """What a forward pass offers its states to. This one takes nothing.
+
+    The pass asks `into` for memory before it forms a state, so that a kernel can write it there
+    at once, and offers the state to `read` afterwards. Taps are canonical: see `Tap.canonical`.
+    """
+
+    def into(self, tap: Tap) -> Tensor | None:
+        """Memory [B, T, d] for the residual that is about to be formed at `tap`."""
+        return None
+
+    def read(self, tap: Tap, x: Tensor) -> None:
+        """The state x [B, T, d] at `tap`."""
+
+
+NO_TAPS = TapSink()
+
+
+class RowTaps(TapSink):
+    """Copies `taps` of chosen rows into one buffer, `states` [N, P, d].
+
+    `rows` [N] int64 indexes the flattened [B * T] tokens of the pass. Copies, because a view of
+    the last position would keep the whole pass's activations alive.
+    """
+
+    def __init__(self, taps: Sequence[Tap], rows: Tensor, d: int, *, dtype: torch.dtype) -> None:
+        self.states = torch.empty(rows.shape[0], len(taps), d, dtype=dtype, device=rows.device)
+        self._rows = rows
+        self._columns = columns_of(taps)
+
+    def read(self, tap: Tap, x: Tensor) -> None:
+        for column in self._columns.get(tap, ()):
+            self.states[:, column] = x.detach().reshape(-1, x.shape[-1])[self._rows]
+
+
+class TapBuffer(TapSink):
+    """Takes `taps` of a decode step, one token per request, into `states` [B, P, d].
+
+    Residuals are written there by the kernel that forms them; other points are copied.
+    """
+
+    def __init__(self, taps: Sequence[Tap], states: Tensor) -> None:
+        self.states = states
+        self._columns = columns_of(taps)
+
+    def into(self, tap: Tap) -> Tensor | None:
+        columns = self._columns.get(tap)
+        return None if columns is None else self.states[:, columns[0] : columns[0] + 1]
+
+    def read(self, tap: Tap, x: Tensor) -> None:
+        for column in self._columns.get(tap, ()):
+            target = self.states[:, column : column + 1]
+            if target.data_ptr() != x.data_ptr():
+                target.copy_(x)
+
+
+def columns_of(taps: Sequence[Tap]) -> dict[Tap, list[int]]:
+    """Where the taps of each state lie in a buffer: two taps may name one state."""
+    columns: dict[Tap, list[int]] = {}
+    for index, tap in enumerate(taps):
+        columns.setdefault(tap.canonical, []).append(index)
+    return columns
