@@ -1,8 +1,8 @@
-"""What shardlens is measured against, on transformers: the rival arms of `bench end-to-end`.
+"""The rivals of `bench end-to-end`, on transformers.
 
 FaithfulBaseline   LogitLens4LLMs, the single-GPU baseline of the paper: no cache, every component
-                   of every layer decoded at every position, in both of two forwards a token.
-CachedLensArm      what a careful user writes: cached generation, and at each step the last
+                   of every layer decoded at every position, in both of two forwards per token.
+CachedLens         what a careful user writes: cached generation, and at each step the last
                    position's states of all layers through the head.
 PaperMethod        cached generation that keeps those states, and one decode of all at the end.
 
@@ -31,7 +31,7 @@ COMPONENTS = 4  # of a block: attention output, mid residual, MLP output, block 
 
 
 @dataclass(frozen=True)
-class ArmOutput:
+class RunOutput:
     """New tokens, and the lens at the position that predicted each, if there is one. On the CPU."""
 
     token_ids: list[int]
@@ -42,7 +42,7 @@ class ArmOutput:
 @dataclass(frozen=True)
 class FaithfulBaseline:
     """LogitLens4LLMs on a transformers model, in the dtype of its weights: 8L + 2 head products
-    over all T positions a token.
+    over all T positions per token.
     """
 
     hf: Any
@@ -50,7 +50,7 @@ class FaithfulBaseline:
     @torch.inference_mode()
     def run(
         self, prompt: list[int], max_new_tokens: int, top_k: int, on_token: OnToken | None = None
-    ) -> ArmOutput:
+    ) -> RunOutput:
         """Raises ValueError if the logits would not fit into memory."""
         self._check_memory(len(prompt) + max_new_tokens - 1)
         ids = torch.tensor([prompt], device=self.hf.device)  # [1, T]
@@ -64,7 +64,7 @@ class FaithfulBaseline:
                 logits = self.hf(ids).logits  # [1, T, V]
                 token = logits[:, -1].argmax(-1, keepdim=True)
                 ids = torch.cat((ids, token), 1)
-                _tell(tokens, token, on_token)
+                _append(tokens, token, on_token)
         return _output(tokens, read)
 
     def _check_memory(self, longest: int) -> None:
@@ -82,8 +82,8 @@ def every_component_decoded(hf: Any) -> Iterator[list[dict[str, Tensor]]]:
     """
     kept: list[dict[str, Tensor]] = [{} for _ in hf.model.layers]
     hooks = []
-    for layer, own in zip(hf.model.layers, kept, strict=True):
-        hooks += _decode_components(hf, layer, own)
+    for layer, logits in zip(hf.model.layers, kept, strict=True):
+        hooks += _decode_components(hf, layer, logits)
     try:
         yield kept
     finally:
@@ -121,15 +121,15 @@ def _decode_components(hf: Any, layer: Any, kept: dict[str, Tensor]) -> list[Any
 def _last_position(layers: list[dict[str, Tensor]], top_k: int) -> tuple[Tensor, Tensor]:
     """(ids, log-probs) [L, k] of the block outputs; the other components are read alike."""
     read = [
-        {name: _winners_of_copy(logits[0, -1:], top_k) for name, logits in kept.items()}
+        {name: _top_k_of_copy(logits[0, -1:], top_k) for name, logits in kept.items()}
         for kept in layers
     ]
-    ids, logprobs = zip(*(own["resid_post"] for own in read), strict=True)
+    ids, logprobs = zip(*(layer["resid_post"] for layer in read), strict=True)
     return torch.cat(ids), torch.cat(logprobs)
 
 
 @dataclass(frozen=True)
-class CachedLensArm:
+class CachedLens:
     """transformers with its cache, and the head over all layers' last states at each step."""
 
     hf: Any
@@ -137,7 +137,7 @@ class CachedLensArm:
     @torch.inference_mode()
     def run(
         self, prompt: list[int], max_new_tokens: int, top_k: int, on_token: OnToken | None = None
-    ) -> ArmOutput:
+    ) -> RunOutput:
         tokens: list[int] = []
         read: list[tuple[Tensor, Tensor]] = []
         with last_states(self.hf) as states:
@@ -145,7 +145,7 @@ class CachedLensArm:
                 # launched before the token is waited for, so that the device has work meanwhile
                 read.append(lens(self.hf, torch.stack(states), top_k))
                 states.clear()
-                _tell(tokens, token, on_token)
+                _append(tokens, token, on_token)
         return _output(tokens, read)
 
 
@@ -163,29 +163,29 @@ class PaperMethod:
     @torch.inference_mode()
     def run(
         self, prompt: list[int], max_new_tokens: int, top_k: int, on_token: OnToken | None = None
-    ) -> ArmOutput:
+    ) -> RunOutput:
         """Raises ValueError if the logits would not fit into memory."""
         n_layers = self.hf.config.num_hidden_layers
         self._check_memory(max_new_tokens * (1 if self.by_layer else n_layers))
         tokens: list[int] = []
         with last_states(self.hf) as states:
             for token in cached_greedy(self.hf, prompt, max_new_tokens):
-                _tell(tokens, token, on_token)
+                _append(tokens, token, on_token)
             rows = torch.stack(states).unflatten(0, (-1, n_layers))  # [T_new, L, d]
         parts = rows.split(1, dim=1) if self.by_layer else (rows,)
-        # The original's probabilities are a softmax over the k winners, which is wrong; here they
-        # are against the whole vocabulary, at no further memory.
+        # The original's probabilities are a softmax over the k candidates, which is wrong; here
+        # they are against the whole vocabulary, at no further memory.
         read = [lens(self.hf, part.flatten(0, 1), top_k) for part in parts]
         ids, logprobs = (
             torch.cat([found.unflatten(0, (max_new_tokens, -1)) for found in column], 1).cpu()
             for column in zip(*read, strict=True)
         )
-        return ArmOutput(tokens, ids, logprobs)
+        return RunOutput(tokens, ids, logprobs)
 
     def _check_memory(self, n_rows: int) -> None:
         # A smaller piece at a time would be another method: too much is refused, not split.
-        own = 0 if self.hf.dtype == torch.float32 else self.hf.dtype.itemsize
-        needed = n_rows * self.hf.config.vocab_size * (4 + own)
+        half = 0 if self.hf.dtype == torch.float32 else self.hf.dtype.itemsize
+        needed = n_rows * self.hf.config.vocab_size * (4 + half)
         require_bytes(needed, self.hf.device, f"the paper's method's logits of {n_rows} rows")
 
 
@@ -218,10 +218,10 @@ def cached_greedy(hf: Any, prompt: list[int], n_tokens: int) -> Iterator[Tensor]
 
 def lens(hf: Any, states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """states [N, d] -> (ids, log-probs) [N, k]; the logits [N, V] exist all at once."""
-    return _winners(hf.lm_head(hf.model.norm(states)).float(), top_k)
+    return _top_k(hf.lm_head(hf.model.norm(states)).float(), top_k)
 
 
-def _winners(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _top_k(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """(ids, log-probs) [N, k] of float32 logits [N, V], which are spent.
 
     In place: faster than log_softmax, and without its second tensor of that size.
@@ -232,19 +232,19 @@ def _winners(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return best.indices, best.values - log_total
 
 
-def _winners_of_copy(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    return _winners(logits.to(torch.float32, copy=True), top_k)
+def _top_k_of_copy(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    return _top_k(logits.to(torch.float32, copy=True), top_k)
 
 
-def _tell(tokens: list[int], token: Tensor, on_token: OnToken | None) -> None:
+def _append(tokens: list[int], token: Tensor, on_token: OnToken | None) -> None:
     tokens.append(int(token))
     if on_token is not None:
         on_token(tokens[-1])
 
 
-def _output(tokens: list[int], read: list[tuple[Tensor, Tensor]]) -> ArmOutput:
+def _output(tokens: list[int], read: list[tuple[Tensor, Tensor]]) -> RunOutput:
     ids, logprobs = (torch.stack(column).cpu() for column in zip(*read, strict=True))
-    return ArmOutput(tokens, ids, logprobs)
+    return RunOutput(tokens, ids, logprobs)
 
 
 def require_bytes(needed: int, device: torch.device, what: str) -> None:

@@ -1,4 +1,4 @@
-"""What the kernels compile to, for GPUs that are not there: registers, spills, shared memory.
+"""The kernels as machine code, for GPUs that are not there: registers, spills, shared memory.
 
     python -m shardlens.bench.compiled [--capability 80 86 89 90 100 120] [--save compiled]
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..kernels.dispatch import implementation
 from ..kernels.launch import Chip, pretending
-from .kernel_cases import CASES
+from .ops import LAUNCHES
 from .report import emit, environment
 
 # A100; A10, RTX 30; L4, L40S, RTX 40; H100, H200; B200; RTX 50.
@@ -51,7 +51,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel in one configuration. Spills are instructions that touch local memory;
+    """A kernel in one configuration. Spills are instructions that touch local memory;
     approximations are square roots and divisions that may miss the last bit.
     """
 
@@ -67,7 +67,7 @@ class Compiled:
     instructions: dict[str, int]
 
 
-def compile_cases(capability: int, cases: Iterable[str] = tuple(CASES)) -> list[Compiled]:
+def compile_cases(capability: int, cases: Iterable[str] = tuple(LAUNCHES)) -> list[Compiled]:
     """Compile what the named cases launch; every distinct kernel once."""
     found: dict[Any, Compiled] = {}
     for name in cases:
@@ -80,7 +80,7 @@ def compile_cases(capability: int, cases: Iterable[str] = tuple(CASES)) -> list[
                 found[repr(key)] = _compile(name, kernel, capability, *key)
 
         with implementation("triton"), pretending(CHIPS[capability], on_launch):
-            CASES[name]("meta")
+            LAUNCHES[name](torch.device("meta"))
     return list(found.values())
 
 
@@ -129,12 +129,12 @@ def _compile(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    place = {name: index for index, name in enumerate(kernel.arg_names)}
+    index = {name: number for number, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         kernel,
         types,
-        {(place[name],): value for name, value in constants.items()},
-        {(place[name],): [["tt.divisibility", 16]] for name in divisible},
+        {(index[name],): value for name, value in constants.items()},
+        {(index[name],): [["tt.divisibility", 16]] for name in divisible},
     )
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -177,7 +177,7 @@ def _dump(flag: str, file: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=sorted(CHIPS))
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--cases", nargs="+", choices=tuple(LAUNCHES), default=tuple(LAUNCHES))
     parser.add_argument("--save", metavar="NAME", help="keep the result in bench/results/NAME.json")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -1,4 +1,4 @@
-"""Do the arms of `bench end-to-end` give the same answers? Asked before anything is timed."""
+"""The answers of the runs of `bench end-to-end`, compared before anything is timed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from ..model.transformer import Transformer
-from .arm_measures import LENS, ORACLE, PLAIN, STEERED, UNCACHED, Run
-from .baselines import ArmOutput
-from .own_arms import STEERED_POINT, random_steering
+from .baselines import RunOutput
+from .end_to_end_runs import (
+    LENS,
+    ORACLE,
+    PLAIN,
+    STEERED,
+    STEERED_POINT,
+    UNCACHED,
+    Run,
+    random_steering,
+)
 from .shared_weights import as_transformers
 
 # Nats by which log-probs may differ, and within which two ids may change places. A half dtype
@@ -20,20 +28,20 @@ NATS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 def problems(
     model: Transformer,
-    arms: dict[str, Run],
+    runs: dict[str, Run],
     prompt: list[int],
     n_tokens: int,
     top_k: int,
 ) -> dict[str, list[str]]:
-    """What is wrong with which arm; empty where all is well.
+    """The problems of each run whose answers are wrong; empty where all is well.
 
-    Each is held against transformers, where that is among the arms. A lens that changes the text
-    is said of both arms that differ.
+    Each is held against transformers, where that is among the runs. A lens that changes the text
+    is said of both runs that differ.
     """
     nats = NATS[model.dtype]
     found: dict[str, list[str]] = {}
     answers = {
-        name: run(prompt, n_tokens_of(name, n_tokens), top_k, None) for name, run in arms.items()
+        name: run(prompt, n_tokens_of(name, n_tokens), top_k, None) for name, run in runs.items()
     }
     for name, answer in answers.items():
         if ORACLE not in answers or name in (ORACLE, PLAIN, STEERED):
@@ -60,36 +68,38 @@ def n_tokens_of(name: str, n_tokens: int) -> int:
     return 2 if name in UNCACHED else n_tokens
 
 
-def disagreement(one: ArmOutput, other: ArmOutput, nats: float) -> str | None:
+def disagreement(expected: RunOutput, found: RunOutput, nats: float) -> str | None:
     """Where top-1 ids or log-probs differ by more than rounding explains, up to the first token
     that a near tie turned.
     """
-    assert one.lens_ids is not None and one.lens_logprobs is not None
-    assert other.lens_ids is not None and other.lens_logprobs is not None
-    for at, (own, their) in enumerate(zip(one.token_ids, other.token_ids, strict=False)):
-        margin = one.lens_logprobs[at, :, 0] - one.lens_logprobs[at, :, 1]  # [L]
-        differs = one.lens_ids[at, :, 0] != other.lens_ids[at, :, 0]
-        if (differs & (margin > 2 * nats)).any():
-            layer = int((differs & (margin > 2 * nats)).nonzero()[0])
-            return f"top-1 of new token {at} at layer {layer}"
-        gap = (one.lens_logprobs[at, :, 0] - other.lens_logprobs[at, :, 0]).abs().max()
+    assert expected.lens_ids is not None and expected.lens_logprobs is not None
+    assert found.lens_ids is not None and found.lens_logprobs is not None
+    pairs = zip(expected.token_ids, found.token_ids, strict=False)
+    for step, (expected_token, found_token) in enumerate(pairs):
+        logprobs = expected.lens_logprobs[step]  # [L, k]
+        margin = logprobs[:, 0] - logprobs[:, 1]
+        differs = expected.lens_ids[step, :, 0] != found.lens_ids[step, :, 0]
+        clear = differs & (margin > 2 * nats)
+        if clear.any():
+            return f"top-1 of new token {step} at layer {int(clear.nonzero()[0])}"
+        gap = (logprobs[:, 0] - found.lens_logprobs[step, :, 0]).abs().max()
         if gap > nats:
-            return f"log-probs of new token {at} differ by {float(gap):.3g} nats"
-        if own != their:
-            return None if margin[-1] <= 2 * nats else f"new token {at}"
+            return f"log-probs of new token {step} differ by {float(gap):.3g} nats"
+        if expected_token != found_token:
+            return None if margin[-1] <= 2 * nats else f"new token {step}"
     return None
 
 
-def _largest_gap(a: ArmOutput, b: ArmOutput) -> float:
+def _largest_gap(a: RunOutput, b: RunOutput) -> float:
     assert a.lens_logprobs is not None and b.lens_logprobs is not None
     return float((a.lens_logprobs[:, -1] - b.lens_logprobs[:, -1]).abs().max())
 
 
 @torch.inference_mode()
 def steered_by_hooks(
-    model: Transformer, prompt: list[int], steered: ArmOutput, top_k: int
-) -> ArmOutput:
-    """What transformers says of the steered text, its MLP inputs moved by hooks at new tokens."""
+    model: Transformer, prompt: list[int], steered: RunOutput, top_k: int
+) -> RunOutput:
+    """The steered text as transformers reads it, its MLP inputs moved by hooks at new tokens."""
     assert STEERED_POINT == "mlp_norm"
     edit = random_steering(model)[0]
     assert isinstance(edit.vector, Tensor)
@@ -118,4 +128,4 @@ def steered_by_hooks(
     rows = torch.stack([state[0, len(prompt) - 1 :] for state in states], 1)  # [T_new, L, d]
     logprobs = hf.lm_head(hf.model.norm(rows)).float().log_softmax(-1)
     best = logprobs.topk(top_k)
-    return ArmOutput(steered.token_ids, best.indices.cpu(), best.values.cpu())
+    return RunOutput(steered.token_ids, best.indices.cpu(), best.values.cpu())

@@ -1,29 +1,34 @@
-"""What the kernels are claimed to reach on a GPU, at which shapes, and whether rows bear it out."""
+"""Stage claims: the operations, checked and measured beside their rivals at the claims' shapes.
+
+First the checks: the tests of the kernels, one process a file, and beside them checks at odd
+shapes here; every shape that is timed is checked once more before it. An operation with a red test
+or check is not measured, and what was measured of it is thrown away; all others are. Then the
+shapes that the claims name, then the rest of the full grid as far as the time goes.
+
+Without a GPU the same steps run on shrunken shapes and decide nothing: a rehearsal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from .kernel_arms import DTYPES, OURS
-from .kernels import Row, label_of
-from .shapes import MODELS, TOP_K, Case, cases
+import torch
 
-Arms = dict[str, Row]  # of one case, by arm
-OF_COPY = "share of measured copy bandwidth"
+from ..model.load import default_device
+from . import gpu_suite
+from .kernel_report import paths_text, plot, print_case, rates_and_noise
+from .kernels import Bench, Checker, RedCheck, impls_of, measure
+from .op import OURS, Case, Claim, Row, label
+from .ops import OPS, cases, claims, shrunken
+from .report import Journal, first_line
+from .shapes import default_dtype
+from .timing import one_thread, synchronize
 
-
-@dataclass(frozen=True)
-class Claim:
-    """`figure` of every case must reach the target (or, where `below`, stay under it)."""
-
-    text: str
-    cases: list[Case]
-    figure: Callable[[Arms], float]
-    target: float
-    below: bool = False
-    compiled: bool = False  # torch.compile is among the rivals
-    unit: str = "%"
+TEST_SHARE = 0.4  # of the time, at most, for the tests
+REHEARSAL_SECONDS = 0.05  # of a case
 
 
 @dataclass(frozen=True)
@@ -41,95 +46,136 @@ class Verdict:
     met: bool | None
 
 
-def claims(shrink: bool) -> list[Claim]:
-    """Most important first. `shrink`: at shapes that a CPU does in no time, to rehearse."""
-    made = [
-        Claim(f"norm 16,384 x 4,096 {text}: {OF_COPY}", [case], bandwidth_share, 0.9)
-        for text, case in (
-            ("with residual and edits", _norm("edits")),
-            ("with residual", _norm("residual")),
-            ("alone", _norm("norm")),
-        )
-    ]
-    many, few = ([_head(rows) for rows in all_rows] for all_rows in ((4096, 8192), (64, 16, 1)))
-    made += [
-        Claim("head, 4,096 rows or more: rate over torch.mm's", many, product_share, 0.75),
-        Claim(f"head, up to 64 rows: {OF_COPY}", few, bandwidth_share, 0.85),
-        Claim("head, 4,096 rows or more: memory over bf16 logits", many, memory_share, 0.01, True),
-        # logits are small there; a tile of them for each program is what it takes
-        Claim("head, up to 64 rows: extra memory", few, memory_mib, 12, True, unit=" MiB"),
-        *(
-            Claim(
-                f"decode attention, batch 8, context {context:,}: {OF_COPY}",
-                [Case("decode_attention", {"B": 8, "H": 32, "K": 8, "D": 128, "S": context})],
-                bandwidth_share,
-                0.8,
-            )
-            for context in (1500, 8192)
-        ),
-        Claim(
-            "norm, whole grid: best rival's time over ours, noise allowed",
-            cases("full", ["rmsnorm_steer"]),
-            rival_ratio,
-            1.0,
-            compiled=True,
-        ),
-    ]
-    if shrink:
-        made = [replace(claim, cases=[shrunken(case) for case in claim.cases]) for claim in made]
-    return made
+def run(journal: Journal, deadline: float, truth: Path | None) -> None:
+    """truth: the file of a stage that ran the tests on this very code, if there is one."""
+    device = default_device()
+    print(f"{paths_text(device)}. Checks first.", flush=True)
+    with one_thread():
+        with journal.step("checks"):
+            check(journal, device, deadline, truth)
+        made = claims(rehearsed=device.type == "cpu")
+        with journal.step("measuring"):
+            bench = Bench.on(device)
+            journal.record(paths=paths_text(device), decides=device.type == "cuda")
+            measure_green(journal, bench, made, deadline)
+            _print_end(journal, bench, made)
+            plot(bench.rows, paths_text(device), journal.path.with_suffix(".png"))
 
 
-def _norm(variant: str) -> Case:
-    return Case("rmsnorm_steer", {"rows": 16384, "d": 4096}, variant)
+def check(journal: Journal, device: torch.device, deadline: float, truth: Path | None) -> None:
+    files = gpu_suite.kernel_files()
+    known = gpu_suite.results_of(truth, files)
+    with gpu_suite.TestRun([] if known is not None else files) as tests:
+        for op, problem in odd_checks(device).items():
+            journal.add_red(op, problem)
+        if known is None:
+            now = time.monotonic()
+            known = tests.wait(now + TEST_SHARE * (deadline - now), gpu_suite.print_result)
+    journal.record(tests=known)
+    for op, failed in gpu_suite.red_of(known).items():
+        journal.add_red(op, *failed)
+    for op in OPS:
+        print(f"check {op}: {'RED' if op in journal.content['red'] else 'green'}", flush=True)
 
 
-def _head(rows: int) -> Case:
-    model = MODELS["llama-3.1-8b"]
-    return Case("head_stats", {"rows": rows, "d": model.d, "V": model.vocab, "k": TOP_K})
+@torch.no_grad()
+def odd_checks(device: torch.device) -> dict[str, str]:
+    """The first problem at odd shapes, by operation."""
+    red: dict[str, str] = {}
+    for case in (case for op in OPS.values() for case in op.odd_cases):
+        case = replace(case, dtype=default_dtype(device))
+        try:
+            given = OPS[case.op].make(case, device)
+            ours = impls_of(case, device, compiled=False)[OURS]
+            problem = Checker(case, given).problem(OURS, ours)
+        except Exception as error:  # a kernel that does not compile, say
+            problem = first_line(error)
+        if problem is not None:
+            red.setdefault(case.op, f"{case.label}: {problem}")
+    return red
 
 
-def shrunken(case: Case) -> Case:
-    most = {"rows": 64, "d": 128, "f": 256, "V": 2048, "H": 4, "K": 2, "T": 16, "S": 160}
-    sizes = {name: min(size, most.get(name, size)) for name, size in case.sizes.items()}
-    return replace(case, sizes=sizes, dtype=DTYPES["cpu"])
+def planned(made: list[Claim], on_cpu: bool) -> Iterator[tuple[Case, bool]]:
+    """Each case once, with whether torch.compile is timed too: it compiles for seconds."""
+    rest = [shrunken(case) for case in cases("full")] if on_cpu else cases("full")
+    compiled = {case.label for claim in made if claim.compiled for case in claim.cases}
+    seen = set()
+    for case in [*(case for claim in made for case in claim.cases), *rest]:
+        if case.label not in seen:
+            seen.add(case.label)
+            yield case, case.label in compiled
 
 
-def bandwidth_share(arms: Arms) -> float:
-    """Of the measured copy; of these cases the floor is that of moving bytes."""
-    return float(arms[OURS]["copy_bandwidth_share"])
+def measure_green(journal: Journal, bench: Bench, made: list[Claim], deadline: float) -> None:
+    """All planned cases of green operations, till the deadline; the file has each at once."""
+    on_cpu = bench.device.type == "cpu"
+    for case, compiled in planned(made, on_cpu):
+        if case.op in journal.content["red"]:
+            continue
+        if time.monotonic() > deadline:
+            bench.skipped.append(case.label)
+            continue
+        journal.now(case.label)
+        try:
+            seconds = REHEARSAL_SECONDS if on_cpu else None
+            print_case(case, measure(bench, case, seconds, compiled=compiled and not on_cpu))
+        except Exception as error:
+            is_check = isinstance(error, RedCheck)
+            named = str(error) if is_check else f"{case.label}: {first_line(error)}"
+            journal.add_red(case.op, named)
+            bench.drop(case.op)
+            if not _answers(bench.device):
+                print("the device has stopped answering: nothing further is measured")
+                deadline = 0.0
+        _keep(journal, bench, made)
+    _keep(journal, bench, made)
 
 
-def product_share(arms: Arms) -> float:
-    return float(arms["product"]["p50_ms"] / arms[OURS]["p50_ms"])
+def _keep(journal: Journal, bench: Bench, made: list[Claim]) -> None:
+    found = verdicts(made, bench.rows, journal.content["decides"])
+    journal.record(
+        **rates_and_noise(bench),
+        claims=[asdict(verdict) for verdict in found],
+        rows=bench.rows,
+        left_out=bench.left_out,
+        skipped=bench.skipped,
+    )
 
 
-def memory_share(arms: Arms) -> float:
-    sizes = dict(word.split("=") for word in arms[OURS]["shape"].split())
-    peak = arms[OURS]["peak_extra_bytes"]
-    return float("nan") if peak is None else peak / (2 * int(sizes["rows"]) * int(sizes["V"]))
+def _answers(device: torch.device) -> bool:
+    """After some errors of a kernel every call of the process fails, whosever it is."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
-def memory_mib(arms: Arms) -> float:
-    peak = arms[OURS]["peak_extra_bytes"]
-    return float("nan") if peak is None else peak / 2**20
-
-
-def rival_ratio(arms: Arms) -> float:
-    """The fastest other arm's time over ours, plus what two timings of ours differ by."""
-    rivals = [row["p50_ms"] for name, row in arms.items() if name != OURS]
-    return float(min(rivals) / arms[OURS]["p50_ms"] + arms[OURS]["noise"])
+def _print_end(journal: Journal, bench: Bench, made: list[Claim]) -> None:
+    for what, why in bench.left_out.items():
+        print(f"left out: {what}: {why}")
+    for op, found in journal.content["red"].items():
+        print(f"left out: {op}: {'; '.join(found)}")
+    if bench.skipped:
+        print(f"out of time: {len(bench.skipped)} cases skipped, first {bench.skipped[0]}")
+    rates = rates_and_noise(bench)
+    print(
+        f"copy {rates['copy_gb_per_s']} GB/s, matrix product {rates['matrix_tflop_per_s']} "
+        f"TFLOP/s, noise {rates['noise_median']} (median), {rates['noise_worst']} (worst)"
+    )
+    print_verdicts(verdicts(made, bench.rows, journal.content["decides"]))
 
 
 def verdicts(made: Sequence[Claim], rows: Sequence[Row], decides: bool) -> list[Verdict]:
-    by_case: dict[str, Arms] = {}
+    by_case: dict[str, dict[str, Row]] = {}
     for row in rows:
-        by_case.setdefault(label_of(row), {})[row["arm"]] = row
+        name = label(row["op"], row["variant"], row["shape"])
+        by_case.setdefault(name, {})[row["impl"]] = row
     found = [_verdict(claim, by_case) for claim in made]
     return found if decides else [replace(verdict, met=None) for verdict in found]
 
 
-def _verdict(claim: Claim, by_case: dict[str, Arms]) -> Verdict:
+def _verdict(claim: Claim, by_case: dict[str, dict[str, Row]]) -> Verdict:
     labels = list(dict.fromkeys(case.label for case in claim.cases))
     figures = {label: claim.figure(by_case[label]) for label in labels if label in by_case}
     bound = f"{claim.target:.0%}" if claim.unit == "%" else f"{claim.target:g}{claim.unit}"

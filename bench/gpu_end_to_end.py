@@ -1,9 +1,9 @@
 """Stage end-to-end: generation with every layer read, against what else there is, at true shapes.
 
 bf16, 64 + 1,500 tokens, random weights made on the device. First the tests of captured steps: red
-ones drop our own arms, which are captured, and leave the rivals. Then our arms at every shape that
+ones drop our own runs, which are captured, and leave the rivals. Then our runs at every shape that
 fits the card, in the order given; then, for as long as time is left, the rivals, at the shapes in
-an order of their own. The file has each arm as soon as it was run. An arm with a red check is not
+an order of their own. The file has each run as soon as it was made. A run with a red check is not
 measured.
 
 On a CPU, which decides nothing, a small shape: a rehearsal.
@@ -21,30 +21,40 @@ from typing import Any
 import torch
 
 from ..engine.plan import check_fits, device_memory_bytes
+from ..language_model import LanguageModel
+from ..model import Transformer
 from ..model.load import default_device
-from ..model.transformer import Transformer
-from ..parallel.group import TensorParallel
+from ..parallel import TensorParallel
 from . import gpu_suite
-from .arm_measures import OWN, PAPER, TOP_K, UNCACHED, Run, Setup, measure_times, timed
 from .end_to_end import (
     CHECKED_TOKENS,
-    ORACLE,
     SECONDS_FOR_RATES,
-    capture_for,
     described,
     figures_of,
     make_model,
     peak_above_weights,
     planned_run,
+    print_result,
+    verdicts,
+)
+from .end_to_end_checks import problems
+from .end_to_end_runs import (
+    ORACLE,
+    OURS,
+    PAPER,
+    TOP_K,
+    UNCACHED,
+    Run,
+    Setup,
+    measure_times,
+    our_runs,
     rival_runs,
-    shardlens_runs,
+    timed,
     warm,
     without_what_does_not_fit,
 )
-from .end_to_end_checks import problems
-from .end_to_end_report import print_result, verdicts
-from .gpu_journal import Journal, first_line
-from .models import CPU_SHAPES, N_LAYERS, model_config
+from .report import Journal, first_line
+from .shapes import CPU_SHAPES, N_LAYERS, default_dtype, model_config
 from .timing import Rates, measured_rates
 
 SHAPES = {"cuda": ("llama-3.1-8b", "qwen3-4b", "qwen3-14b"), "cpu": ("cpu-small",)}
@@ -54,7 +64,7 @@ ROUNDS = 2
 TEST_SHARE = 0.3  # of the time, at most, for the tests
 # Of a shape, beside the timed runs: making it, checks, compiling and capturing.
 OVERHEAD_SECONDS = {"cuda": 20.0, "cpu": 1.0}
-EXPECTED_COPY_SHARE = 0.6  # that our arms reach at least
+EXPECTED_COPY_SHARE = 0.6  # that our runs reach at least
 
 
 def run(journal: Journal, deadline: float, truth: Path | None, shapes: Sequence[str]) -> None:
@@ -64,8 +74,7 @@ def run(journal: Journal, deadline: float, truth: Path | None, shapes: Sequence[
     with journal.step("tests of captured steps"):
         check_captured_steps(journal, deadline, truth)
     with journal.step("rates"):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        rates = measured_rates(device, dtype, SECONDS_FOR_RATES)
+        rates = measured_rates(device, default_dtype(device), SECONDS_FOR_RATES)
         measure(journal, deadline, shapes, device, rates)
 
 
@@ -95,8 +104,8 @@ def measure(
         if fits(journal, setup_of(name, device))
     ]
     for shape in fitting:
-        with journal.step(f"{shape.name}: our arms"):
-            shape.measure_own()
+        with journal.step(f"{shape.name}: our runs"):
+            shape.measure_ours()
         _free(device)
     for shape in sorted(fitting, key=lambda shape: RIVAL_SHAPES.index(shape.name)):
         with journal.step(f"{shape.name}: rivals"):
@@ -108,12 +117,11 @@ def measure(
 
 
 def setup_of(shape: str, device: torch.device) -> Setup:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Setup(shape, dtype, device, *TOKENS[device.type], rounds=ROUNDS)
+    return Setup(shape, default_dtype(device), device, *TOKENS[device.type], rounds=ROUNDS)
 
 
 def fits(journal: Journal, setup: Setup) -> bool:
-    planned = planned_run(setup, model_config(setup.shape), ranks=1)
+    planned = planned_run(setup, model_config(setup.shape), TensorParallel.single())
     try:
         check_fits(planned, device_memory_bytes(setup.device), setup.shape)
     except ValueError as error:
@@ -136,7 +144,7 @@ def _free(device: torch.device) -> None:
 
 
 class Shape:
-    """What was measured of one model so far. The model itself is made for each of two visits."""
+    """One model's figures so far. The model itself is made for each of two visits."""
 
     def __init__(self, journal: Journal, deadline: float, setup: Setup, rates: Rates) -> None:
         self.name, self._setup = setup.shape, setup
@@ -147,31 +155,30 @@ class Shape:
         journal.content["shapes"][setup.shape] = self.result
 
     @torch.inference_mode()
-    def measure_own(self) -> None:
+    def measure_ours(self) -> None:
         """By turns, each held against transformers before."""
         red = self._journal.content["red"].get(gpu_suite.CAPTURED_STEPS)
         if red:
-            self._leave_out(OWN, f"tests of captured steps are red: {', '.join(red)}")
+            self._leave_out(OURS, f"tests of captured steps are red: {', '.join(red)}")
             return
-        if self._own_seconds() > self._left_seconds():
-            self._leave_out(OWN, f"out of time: about {self._own_seconds():.0f} s for them")
+        if self._our_seconds() > self._left_seconds():
+            self._leave_out(OURS, f"out of time: about {self._our_seconds():.0f} s for them")
             return
         model = self._made()
-        capture_for(model, self._setup)
-        oracle = {ORACLE: rival_runs(model)[ORACLE]}
-        self._now("checks of our arms")
-        own = self._green(model, {**oracle, **shardlens_runs(model)}, OWN)
-        warm(own, self._setup, self._vocab_size)
-        self._time(model, own, self._setup)
+        runs = {ORACLE: rival_runs(model)[ORACLE], **our_runs(LanguageModel(model))}
+        self._now("checks of our runs")
+        ours = self._green(model, runs, OURS)
+        warm(ours, self._setup, self._vocab_size)
+        self._time(model, ours, self._setup)
 
     @torch.inference_mode()
     def measure_rivals(self) -> None:
         """One after another, as time allows, each held against transformers before."""
         model = self._made()
-        arms, left_out = without_what_does_not_fit(rival_runs(model), self._setup, self._vocab_size)
+        runs, left_out = without_what_does_not_fit(rival_runs(model), self._setup, self._vocab_size)
         self.result["left_out"] |= left_out
         self._now("checks of rivals")
-        green = self._green(model, arms, tuple(arms))
+        green = self._green(model, runs, tuple(runs))
         # the claims are about the paper's method and its baseline
         for name in sorted(green, key=lambda name: (name != PAPER, name not in UNCACHED, name)):
             with self._journal.step(f"{self.name}: {name}"):
@@ -189,7 +196,7 @@ class Shape:
         self._time(model, {name: run}, dataclasses.replace(self._setup, rounds=1))
 
     def _expected_seconds(self, name: str, run: Run) -> float:
-        """Of timing it, from a short run."""
+        """How long it takes to time it, from a short run."""
         setup = self._setup
         if name in UNCACHED:
             text = setup.text(self._vocab_size, setup.sampled_lengths[-1])
@@ -199,41 +206,43 @@ class Shape:
         return short * setup.new_tokens / CHECKED_TOKENS
 
     def _made(self) -> Transformer:
-        # buffers that the measuring of rates keeps are no arm's memory
+        # buffers that the measuring of rates keeps are no run's memory
         on_cuda = self._setup.device.type == "cuda"
         self._beside = torch.cuda.memory_allocated(self._setup.device) if on_cuda else 0
         return make_model(self._setup, TensorParallel.single())
 
-    def _own_seconds(self) -> float:
+    def _our_seconds(self) -> float:
         setup, copy_bytes_per_s = self._setup, 1e9 * self.result["copy_gb_per_s"]
-        a_token = self.result["moved_bytes_per_token"] / (EXPECTED_COPY_SHARE * copy_bytes_per_s)
-        tokens = len(OWN) * setup.rounds * setup.new_tokens
-        return OVERHEAD_SECONDS[setup.device.type] + tokens * a_token
+        seconds_per_token = self.result["moved_bytes_per_token"] / (
+            EXPECTED_COPY_SHARE * copy_bytes_per_s
+        )
+        tokens = len(OURS) * setup.rounds * setup.new_tokens
+        return OVERHEAD_SECONDS[setup.device.type] + tokens * seconds_per_token
 
     def _left_seconds(self) -> float:
         return self._deadline - time.monotonic()
 
     def _green(
-        self, model: Transformer, arms: dict[str, Run], wanted: Sequence[str]
+        self, model: Transformer, runs: dict[str, Run], wanted: Sequence[str]
     ) -> dict[str, Run]:
-        """The wanted ones whose answers are right."""
+        """The wanted runs whose answers are right."""
         prompt = self._setup.prompt(self._vocab_size)
-        red = problems(model, arms, prompt, CHECKED_TOKENS, TOP_K)
+        red = problems(model, runs, prompt, CHECKED_TOKENS, TOP_K)
         for name, found in red.items():
             self._journal.add_red(f"{self.name}: {name}", *found)
             self._leave_out([name], f"its check is red: {'; '.join(found)}")
-        return {name: arms[name] for name in wanted if name not in red}
+        return {name: runs[name] for name in wanted if name not in red}
 
-    def _time(self, model: Transformer, arms: dict[str, Run], setup: Setup) -> None:
+    def _time(self, model: Transformer, runs: dict[str, Run], setup: Setup) -> None:
         def keep(name: str, times: dict[str, Any]) -> None:
-            peak = peak_above_weights(model, name, arms[name], setup, times) - self._beside
-            self.result["arms"][name] = figures_of(times, peak, 0, self.result, setup)
+            peak = peak_above_weights(model, name, runs[name], setup, times) - self._beside
+            self.result["impls"][name] = figures_of(times, peak, 0, self.result, setup)
             self.result["claims"] = verdicts(self.result)
             self._journal.write()
             print(f"{self.name}: {name}: {times['tokens_per_s']:.3f} tokens/s", flush=True)
 
-        if arms:
-            measure_times(arms, setup, self._vocab_size, keep)
+        if runs:
+            measure_times(runs, setup, self._vocab_size, keep)
 
     def _leave_out(self, names: Sequence[str], why: str) -> None:
         for name in names:

@@ -13,14 +13,14 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..engine.engine import Engine, EngineStep
-from ..engine.generation import generate_tokens
-from ..engine.lens_spec import LensSpec
+from ..engine import LensSpec, Sampling
+from ..engine.engine import Engine, StepCache
+from ..engine.fit import Target
 from ..engine.plan import plan
-from ..engine.sampling import Sampling
-from ..interp.lens import LensRecorder
-from ..model.transformer import Transformer
-from .arm_measures import TOP_K
+from ..engine.request import Request
+from ..engine.runner import StepRunner
+from ..model import Transformer
+from .end_to_end_runs import TOP_K
 from .report import bandwidth_shares
 from .timing import Rates, synchronize
 
@@ -31,7 +31,7 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Variant:
-    """What a step is asked for."""
+    """A kind of request."""
 
     lens: LensSpec | None = None
     sampling: Sampling = GREEDY
@@ -46,37 +46,25 @@ VARIANTS = {
 }
 
 
-def new_tokens(model: Transformer, variant: str, n_tokens: int, capture: bool) -> list[int]:
-    """What a random prompt is continued with."""
+def request(model: Transformer, variant: str, n_tokens: int) -> Request:
+    """A random prompt to continue, as the variant asks."""
     generator = torch.Generator().manual_seed(1)
-    shape = (PROMPT_TOKENS,)
-    sequences = [torch.randint(model.config.vocab_size, shape, generator=generator).tolist()]
+    prompt = torch.randint(model.config.vocab_size, (PROMPT_TOKENS,), generator=generator)
     asked = VARIANTS[variant]
-    recorder = None if asked.lens is None else LensRecorder(model, asked.lens, sequences)
-    generate_tokens(
-        model,
-        sequences,
-        max_new_tokens=n_tokens,
-        samplings=[asked.sampling],
-        observer=recorder,
-        capture=capture,
-    )
-    if recorder is not None:
-        recorder.finish()
-    return sequences[0][PROMPT_TOKENS:]
+    return Request(prompt, n_tokens, asked.sampling, lens=asked.lens, stop_ids=())
 
 
-def ready_step(model: Transformer, variant: str, context: int, n_steps: int) -> EngineStep:
+@torch.inference_mode()
+def ready_step(model: Transformer, variant: str, context: int, n_steps: int) -> StepRunner:
     """The step of a variant, captured where it can be, with `context` positions in the cache."""
-    model.engine = None  # the last variant's step goes first
-    engine = Engine.of(model, 1, context + n_steps, capture=True)
-    model.engine = engine  # on a CPU, too, so that the step can be had
-    new_tokens(model, variant, 2, capture=True)
-    (runner,) = engine.steps.values()
+    engine = Engine(model)
+    engine.kept = steps = StepCache(model, 1, context + n_steps, capture=True)
+    engine.run([request(model, variant, 2)])
+    (runner,) = steps.steps.values()
     runner.step.active.fill_(True)
     runner.step.n_left.fill_(n_steps)
-    engine.cache.lengths.fill_(context)
-    engine.cache.longest = context
+    steps.cache.lengths.fill_(context)
+    steps.cache.longest = context
     return runner
 
 
@@ -89,15 +77,15 @@ def step_times(
     times_ms = sorted(_times_ms(runner.run, n_steps, model.device))
     p20, _, _, p80 = statistics.quantiles(times_ms, n=5, method="inclusive")
     p50 = statistics.median(times_ms)
-    n_taps = len(runner.step.shape.reader.taps) if runner.step.shape.reader is not None else 0
+    lens, target = runner.step.shape.lens, Target(model.parallel, model.device, model.dtype)
     planned = plan(
         model.config,
         ranks=1,
         context=context + n_steps // 2,
-        taps=n_taps,
+        taps=0 if lens is None else len(lens.taps),
         top_k=TOP_K,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device_type="cuda" if model.device.type == "cuda" else "cpu",
+        dtype=target.dtype_name,
+        device_type=target.device_type,
     )
     moved_per_s = planned.moved_bytes_per_token / p50 * 1e3
     return {
@@ -113,7 +101,7 @@ def step_times(
 
 
 def _times_ms(run: Callable[[], None], n: int, device: torch.device) -> list[float]:
-    """Of each of n runs, one after another, on the device's own clock where it has one."""
+    """The times of n runs, one after another, on the device's own clock where it has one."""
     if device.type != "cuda":
         clock = [time.perf_counter()]
         for _ in range(n):
@@ -130,7 +118,7 @@ def _times_ms(run: Callable[[], None], n: int, device: torch.device) -> list[flo
 
 
 def _by_kernel(run: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """Of a step: kernels by name, those that take the most first; on a CPU, operators."""
+    """The kernels of a step by name, those that take the most first; on a CPU, operators."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     synchronize(device)
@@ -157,11 +145,9 @@ def _by_kernel(run: Callable[[], None], device: torch.device) -> dict[str, Any]:
 
 def captured_against_eager(model: Transformer, variant: str, n_tokens: int) -> dict[str, Any]:
     """Whether the same prompt is continued alike, and at which new token it first is not."""
-    texts = []
-    for capture in (True, False):
-        model.engine = None
-        texts.append(new_tokens(model, variant, n_tokens, capture))
-    differing = [at for at, (a, b) in enumerate(zip(*texts, strict=True)) if a != b]
+    asked = request(model, variant, n_tokens)
+    texts = [Engine(model).run([asked], capture=capture)[0].tokens for capture in (True, False)]
+    differing = [step for step, (a, b) in enumerate(zip(*texts, strict=True)) if a != b]
     return {
         "equal": not differing,
         "first_difference": differing[0] if differing else None,

@@ -1,7 +1,7 @@
-"""The tests of the kernels and of captured steps on this machine, one process a file.
+"""The tests of the kernels and of captured steps on this machine, one process per file.
 
-What a red test means: the figures of the operations that its file tests are not reported. That a
-file did not run, or not to its end, refuses nothing: the checks beside the timing remain.
+A red test means that the figures of the operations that name its file are not reported. A file that
+did not run, or not to its end, refuses nothing: the checks beside the timing remain.
 """
 
 from __future__ import annotations
@@ -18,47 +18,37 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from .gpu_process import POLL_SECONDS, ROOT, Group, end, ended
+from .ops import OPS
+from .processes import POLL_SECONDS, ROOT, Group, end, ended
 
 KERNEL_TESTS = ROOT / "tests" / "kernels"
-# Every file of tests/kernels, and the operations whose figures it vouches for.
-TESTED: dict[str, tuple[str, ...]] = {
-    "test_compiled": (),
-    "test_decode_attention": ("decode_attention",),
-    "test_head_cpu": ("head_stats",),
-    "test_head_kernel": ("head_stats",),
-    "test_head_stats": ("head_stats",),
-    "test_launch": (),
-    "test_linear": ("head_stats",),  # the head on a CPU multiplies with it
-    "test_rmsnorm_steer": ("rmsnorm_steer",),
-    "test_rope_qk": ("rope_qk",),
-    "test_sampled_rows": ("head_stats",),
-    "test_swiglu": ("swiglu",),
-    "test_target_logits": ("head_stats",),
-    "test_tensor_cores": ("head_stats",),
-}
 NOT_ON_A_CARD = ("test_compiled",)  # compiles for minutes, and needs no card
+OF_NO_OP = (*NOT_ON_A_CARD, "test_launch")
 CAPTURED_STEPS = "captured steps"
-CAPTURED_TESTS = ROOT / "tests" / "model" / "test_graphs.py"
+CAPTURED_TESTS = ROOT / "tests" / "engine" / "test_graphs.py"
 
 FileResult = dict[str, Any]
 OnFile = Callable[[str, FileResult], None]  # (name of a test file, what came of it)
 
 
 def kernel_files() -> list[Path]:
-    files = [KERNEL_TESTS / f"{name}.py" for name in TESTED if name not in NOT_ON_A_CARD]
-    return [file for file in files if file.exists()]
+    """The tests of the kernels that a card can run."""
+    files = sorted(KERNEL_TESTS.glob("test_*.py"))
+    return [file for file in files if file.stem not in NOT_ON_A_CARD]
 
 
-def tested_by(file: str) -> tuple[str, ...]:
-    return (CAPTURED_STEPS,) if file == CAPTURED_TESTS.stem else TESTED[file]
+def vouched_by(file: str) -> list[str]:
+    """The operations that name the file among their tests."""
+    if file == CAPTURED_TESTS.stem:
+        return [CAPTURED_STEPS]
+    return [name for name, op in OPS.items() if file in op.tests]
 
 
 def red_of(results: dict[str, FileResult]) -> dict[str, list[str]]:
     """The failed tests, by what they test."""
     red: dict[str, list[str]] = {}
     for file, result in results.items():
-        for what in tested_by(file):
+        for what in vouched_by(file):
             if result["failures"]:
                 red.setdefault(what, []).extend(result["failures"])
     return red
@@ -168,7 +158,7 @@ def print_result(name: str, result: FileResult) -> None:
 
 
 def results_of(stage_file: Path | None, files: Sequence[Path]) -> dict[str, FileResult] | None:
-    """What another stage's file has of these tests; None if there is none that ran them all."""
+    """The results of these tests in another stage's file; None if it did not run them all."""
     if stage_file is None or not stage_file.exists():
         return None
     found = json.loads(stage_file.read_text(encoding="utf-8")).get("tests", {})

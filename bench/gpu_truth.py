@@ -1,4 +1,4 @@
-"""Stage truth: what is so on this card, whatever was expected. Nothing here gates anything.
+"""Stage truth: how things are on this card, whatever was expected. Nothing here gates anything.
 
 Tests of kernels and captured steps; where the time of a decode step goes, for what can be asked of
 it; the configurations that were chosen; captured against eager tokens; memory and races under
@@ -22,11 +22,11 @@ from ..model.load import default_device
 from ..model.transformer import Transformer
 from ..parallel.group import TensorParallel
 from . import gpu_suite
-from .gpu_journal import Journal
-from .gpu_process import Group, ended
 from .gpu_steps import PLAIN, VARIANTS, captured_against_eager, step_times
 from .kernels import SECONDS_FOR_RATES
-from .models import model_config, random_model
+from .processes import Group, ended
+from .report import Journal
+from .shapes import default_dtype, model_config, random_model
 from .timing import measured_rates
 
 TEST_SHARE = 0.4  # of the time, at most, for the tests
@@ -69,7 +69,7 @@ def run_tests(journal: Journal, deadline: float) -> None:
 def measure_steps(journal: Journal) -> None:
     device = default_device()
     kind = device.type
-    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    dtype = default_dtype(device)
     rates = measured_rates(device, dtype, SECONDS_FOR_RATES)
     config = model_config(CUDA_SHAPE if kind == "cuda" else CPU_SHAPE)
     model = random_model(config, TensorParallel.single(), dtype, device)
@@ -110,7 +110,7 @@ def _print_step(variant: str, found: dict[str, Any]) -> None:
 def sanitize(journal: Journal, deadline: float) -> None:
     """The program alone first: it may fail by itself, and what it compiles is kept on disk."""
     found: dict[str, Any] = journal.content.setdefault("compute_sanitizer", {})
-    program = [sys.executable, "-m", f"{__package__}.gpu_sanitized"]
+    program = [sys.executable, "-m", f"{__package__}.ops"]
     found["program alone"] = _run_logged(program, _share_of(deadline))
     print(f"program for compute-sanitizer: {found['program alone']['ended']}", flush=True)
     tool = sanitizer()

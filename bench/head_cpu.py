@@ -3,8 +3,8 @@
     python -m shardlens.bench.head_cpu
 
 512 rows, d 1,024, k 5, at the vocabularies of Llama 2 and 3. First the answers: ids and
-log-sum-exp against float64. Then time, both arms by turns, and the peak of resident memory above
-what is there before, each arm in a process of its own. The full logits are in the model's dtype,
+log-sum-exp against float64. Then time, both by turns, and the peak of resident memory above
+what is there before, each in a process of its own. The full logits are in the model's dtype,
 as is usual; ours are float32 throughout, also of bf16 weights. A CPU without bf16 products makes
 the bf16 baseline slow: `product_gflops` tells. Linux only.
 """
@@ -12,7 +12,6 @@ the bf16 baseline slow: `product_gflops` tells. Linux only.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.head_stats_reference import head_stats_reference
-from .report import emit, environment, reset_peak, resident_bytes
+from ..kernels import head_stats_reference
+from .report import emit, environment
+from .timing import by_turns, reset_peak, resident_bytes, spread
 
 ROWS, WIDTH, TOP_K = 512, 1024, 5
 SHAPES = [(dtype, vocab) for dtype in ("float32", "bfloat16") for vocab in (32_000, 128_256)]
@@ -33,8 +33,8 @@ BLOCK = 4096  # ids whose weights are made or widened at a time
 
 
 def streamed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    stats = head_stats_reference(x, weight, k=TOP_K)
-    return stats.ids, stats.max + stats.sum_exp.log()
+    stats = head_stats_reference(x, weight, k=TOP_K).rows
+    return stats.token_ids, stats.max + stats.sum_exp.log()
 
 
 def full(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def full(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return z.topk(TOP_K).indices, z.logsumexp(-1)
 
 
-ARMS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+IMPLS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "streamed": streamed,
     "full": full,
 }
@@ -75,37 +75,30 @@ def check(x: Tensor, weight: Tensor) -> dict[str, float]:
 
 
 def seconds(x: Tensor, weight: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Times of each arm, by turns, after one round that does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in ARMS}
-    for turn in range(rounds + 1):
-        for name in sorted(ARMS, reverse=turn % 2 == 1):
-            start = time.perf_counter()
-            ARMS[name](x, weight)
-            if turn:
-                taken[name].append(time.perf_counter() - start)
-    return taken
+    """The times of both, by turns, after one round that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in IMPLS}
+    for name in by_turns(list(IMPLS), rounds + 1):
+        started = time.perf_counter()
+        IMPLS[name](x, weight)
+        taken[name].append(time.perf_counter() - started)
+    return {name: values[1:] for name, values in taken.items()}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    fifths = statistics.quantiles(values, n=10, method="inclusive")
-    return {"best": min(values), "p20": fifths[1], "p50": fifths[4], "p80": fifths[7]}
-
-
-def peak_bytes(arm: str, dtype: str, vocab: int) -> int:
-    """What one call adds to resident memory at its peak. Call it in a fresh process."""
+def peak_bytes(impl: str, dtype: str, vocab: int) -> int:
+    """Resident memory that one call adds at its peak. Call it in a fresh process."""
     torch.set_num_threads(1)
     x, weight = problem(dtype, vocab)
     with torch.inference_mode():
-        ARMS[arm](x[:2], weight[:BLOCK])  # whatever is set up once
+        IMPLS[impl](x[:2], weight[:BLOCK])  # whatever is set up once
         reset_peak()
         before = resident_bytes("VmRSS")
-        ARMS[arm](x, weight)
+        IMPLS[impl](x, weight)
     return resident_bytes("VmHWM") - before
 
 
-def fresh_peak_bytes(arm: str, dtype: str, vocab: int) -> int:
+def fresh_peak_bytes(impl: str, dtype: str, vocab: int) -> int:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(peak_bytes, arm, dtype, vocab).result()
+        return pool.submit(peak_bytes, impl, dtype, vocab).result()
 
 
 def product_gflops(dtype: str) -> float:
@@ -124,22 +117,22 @@ def measure(dtype: str, vocab: int, rounds: int) -> dict[str, Any]:
     errors = check(x, weight)
     taken = seconds(x, weight, rounds)
     ratios = [ours / theirs for ours, theirs in zip(taken["streamed"], taken["full"], strict=True)]
-    peaks = {arm: fresh_peak_bytes(arm, dtype, vocab) for arm in ARMS}
+    peaks = {impl: fresh_peak_bytes(impl, dtype, vocab) for impl in IMPLS}
     return {
         "dtype": dtype,
         "vocab": vocab,
         **errors,
-        "seconds": {arm: spread(values) for arm, values in taken.items()},
+        "seconds": {impl: spread(values) for impl, values in taken.items()},
         "time_ratio": min(taken["streamed"]) / min(taken["full"]),
-        "time_ratio_of_a_turn": spread(ratios),
+        "time_ratio_per_round": spread(ratios),
         "peak_bytes": peaks,
         "peak_share": peaks["streamed"] / peaks["full"],
     }
 
 
 def row(result: dict[str, Any]) -> str:
-    best = [result["seconds"][arm]["best"] * 1e3 for arm in ("streamed", "full")]
-    peaks = [result["peak_bytes"][arm] / 2**20 for arm in ("streamed", "full")]
+    best = [result["seconds"][impl]["best"] * 1e3 for impl in ("streamed", "full")]
+    peaks = [result["peak_bytes"][impl] / 2**20 for impl in ("streamed", "full")]
     return (
         f"{result['dtype']:<9}{result['vocab']:>8}{best[0]:>10,.0f}{best[1]:>8,.0f}"
         f"{result['time_ratio']:>7.2f}{peaks[0]:>12.1f}{peaks[1]:>8.1f}{result['peak_share']:>8.1%}"
@@ -149,7 +142,7 @@ def row(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", metavar="NAME", help="keep the result in bench/results/NAME.json")
-    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each arm, at least 2")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds, at least 2")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print("dtype       vocab  ours, ms    full  ratio   ours, MiB    full   share", flush=True)

@@ -1,4 +1,4 @@
-"""What a lens over a long text allocates and sends, against full logits.
+"""Memory and traffic of a lens over a long text, against full logits.
 
     python -m torch.distributed.run --nproc-per-node 2 -m shardlens.bench.lens_memory
 
@@ -14,15 +14,11 @@ import argparse
 import torch
 import torch.distributed as dist
 
-from ..engine.generation import generate_tokens
-from ..engine.lens_spec import LensSpec
-from ..engine.sampling import Sampling
-from ..interp.lens import LensRecorder
-from ..model.config import ModelConfig
-from ..model.transformer import Transformer
-from ..model.weights import init_weights
-from ..parallel.group import TensorParallel
-from .report import emit, environment, reset_peak, resident_bytes
+from ..language_model import LanguageModel
+from ..model import ModelConfig, Transformer, init_weights
+from ..parallel import TensorParallel
+from .report import emit, environment
+from .timing import reset_peak, resident_bytes
 
 POSITIONS, LAYERS, VOCAB, TOP_K = 512, 8, 128_256, 5
 CONFIG = {
@@ -37,19 +33,18 @@ CONFIG = {
 }
 
 
-def read(model: Transformer, token_ids: list[int]) -> None:
+def read(lm: LanguageModel, token_ids: list[int]) -> None:
     """A lens of every layer over a text."""
-    sequences = [token_ids]
-    recorder = LensRecorder(model, LensSpec(top_k=TOP_K), sequences)
-    generate_tokens(model, sequences, max_new_tokens=0, samplings=[Sampling()], observer=recorder)
-    assert recorder.finish()[0].token_ids.shape == (len(token_ids), LAYERS, TOP_K)
+    trace = lm.lens(token_ids, top_k=TOP_K)
+    assert trace.token_ids.shape == (len(token_ids), LAYERS, TOP_K)
 
 
-def forward_bytes(model: Transformer, token_ids: list[int]) -> int:
-    """What a forward pass alone sends."""
-    model.parallel.traffic.reset()
-    generate_tokens(model, [token_ids], max_new_tokens=0, samplings=[Sampling()])
-    return model.parallel.traffic.total_bytes
+def forward_bytes(lm: LanguageModel, token_ids: list[int]) -> int:
+    """The bytes that a forward pass alone sends."""
+    traffic = lm.model.parallel.traffic
+    traffic.reset()
+    lm.generate(token_ids, max_new_tokens=0)
+    return traffic.total_bytes
 
 
 def main() -> None:
@@ -60,13 +55,14 @@ def main() -> None:
     parallel = TensorParallel.from_env("cpu")
     model = Transformer(ModelConfig.from_hf(CONFIG), parallel=parallel)
     init_weights(model)
+    lm = LanguageModel(model)
     ids = torch.randint(VOCAB, (POSITIONS,), generator=torch.Generator().manual_seed(0)).tolist()
-    read(model, ids[:2])  # whatever is set up once
-    forward = forward_bytes(model, ids)
+    read(lm, ids[:2])  # whatever is set up once
+    forward = forward_bytes(lm, ids)
     parallel.traffic.reset()
     reset_peak()
     before = resident_bytes("VmRSS")
-    read(model, ids)
+    read(lm, ids)
     peak = resident_bytes("VmHWM") - before
     peaks: list[int | None] = [peak]
     if parallel.size > 1:

@@ -1,9 +1,9 @@
-"""Memory over a long generation that is read live and streamed, and of one whose trace is kept.
+"""Memory over a long generation that is read and streamed, and over one whose trace is kept.
 
     python -m shardlens.bench.long_run [--tokens 10000] [--save NAME]
 
 A small random model with a long context. Streamed, resident memory must not grow with the text:
-its key and value cache is there from the start. Kept, it grows by what `plan` computes for a
+its key and value cache is there from the start. Kept, it grows by what `plan` computes per
 token. Linux only.
 """
 
@@ -15,48 +15,46 @@ from typing import Any
 
 import torch
 
-from ..engine.generation import generate_tokens
-from ..engine.lens_spec import LensSpec
+from ..engine import LensSpec, Sampling
 from ..engine.plan import plan
-from ..engine.sampling import Sampling
-from ..interp.lens import LensRecorder
+from ..interp import Trace
+from ..language_model import LanguageModel
 from ..model.points import POINTS
-from ..model.transformer import Transformer
-from ..parallel.group import TensorParallel
-from .models import model_config, random_model
-from .report import emit, environment, resident_bytes
+from ..parallel import TensorParallel
+from .report import emit, environment
+from .shapes import model_config, random_model
+from .timing import resident_bytes
 
 PROMPT_TOKENS, TOP_K, N_MARKS = 8, 5, 10
 
 
-def resident_over(model: Transformer, n_tokens: int, mode: str, streamed: bool) -> list[int]:
+def resident_over(lm: LanguageModel, n_tokens: int, mode: str, streamed: bool) -> list[int]:
     """Resident bytes at N_MARKS + 1 evenly spaced tokens of a run, the first after a tenth."""
-    sequences = [list(range(PROMPT_TOKENS))]
-    spec = LensSpec(points=POINTS, top_k=TOP_K, mode=mode, positions="generated")
-    pieces = 0
-
-    def on_lens(request: int, piece: Any) -> None:
-        nonlocal pieces
-        pieces += len(piece.positions)
-
-    recorder = LensRecorder(model, spec, sequences, on_lens if streamed else None)
-    marks: list[int] = []
     every = n_tokens // (N_MARKS + 1)
+    marks: list[int] = []
+    n_known = n_read = 0
 
     def on_token(request: int, token: int) -> None:
-        if (len(sequences[0]) - PROMPT_TOKENS) % every == 0:
+        nonlocal n_known
+        n_known += 1
+        if n_known % every == 0:
             marks.append(resident_bytes("VmRSS"))
 
-    generate_tokens(
-        model,
-        sequences,
+    def on_lens(request: int, piece: Trace) -> None:
+        nonlocal n_read
+        n_read += len(piece.positions)
+
+    lm.generate(
+        list(range(PROMPT_TOKENS)),
         max_new_tokens=n_tokens,
-        samplings=[Sampling(1.0)],
-        observer=recorder,
+        sampling=Sampling(1.0),
+        lens=LensSpec(points=POINTS, top_k=TOP_K, mode=mode, positions="generated"),
+        stop_ids=(),
         on_token=on_token,
+        on_lens=on_lens if streamed else None,
     )
-    if streamed and pieces != n_tokens:
-        raise ValueError(f"{pieces} positions were streamed, not {n_tokens}")
+    if streamed and n_read != n_tokens:
+        raise ValueError(f"{n_read} positions were streamed, not {n_tokens}")
     return marks[: N_MARKS + 1]
 
 
@@ -64,13 +62,13 @@ def measure(n_tokens: int) -> dict[str, Any]:
     context = PROMPT_TOKENS + n_tokens
     config = dataclasses.replace(model_config("cpu-small"), context=context)
     parallel = TensorParallel.single()
-    model = random_model(config, parallel, torch.float32, torch.device("cpu"))
-    resident_over(model, 10 * (N_MARKS + 1), "live", True)  # whatever is set up once
-    resident_over(model, 10 * (N_MARKS + 1), "deferred", False)
+    lm = LanguageModel(random_model(config, parallel, torch.float32, torch.device("cpu")))
+    resident_over(lm, 10 * (N_MARKS + 1), "live", True)  # whatever is set up once
+    resident_over(lm, 10 * (N_MARKS + 1), "deferred", False)
     taps = config.n_layers * len(POINTS)
     planned = plan(config, ranks=1, context=context, taps=taps, top_k=TOP_K, device_type="cpu")
-    streamed = resident_over(model, n_tokens, "live", True)
-    kept = resident_over(model, n_tokens, "deferred", False)
+    streamed = resident_over(lm, n_tokens, "live", True)
+    kept = resident_over(lm, n_tokens, "deferred", False)
     between = n_tokens // (N_MARKS + 1) * N_MARKS
     return {
         "tokens": n_tokens,

@@ -20,19 +20,17 @@ from typing import Any
 
 import torch
 
-from ..engine.generation import check_prompts, generate_tokens
-from ..engine.lens_spec import LensSpec
+from ..engine import LensSpec
 from ..engine.plan import plan
-from ..engine.sampling import Sampling
-from ..interp.lens import LensRecorder
-from ..interp.trace import Trace
+from ..engine.request import check_prompt
+from ..interp import Trace
+from ..language_model import LanguageModel
+from ..model import Transformer, load_weights
 from ..model.load import default_device
 from ..model.source import find_model, read_config
-from ..model.transformer import Transformer
-from ..model.weights import load_weights
-from ..parallel.group import TensorParallel
+from ..parallel import TensorParallel
 from ..tokenizer.tokenizer import Tokenizer
-from .on_ranks import hand_over, on_ranks
+from .processes import hand_over, on_ranks
 from .report import environment
 
 NEW_TOKENS, TOP_K, THREADS = 32, 5, 1
@@ -74,20 +72,20 @@ def _is_prompt(prompt: object) -> bool:
     return isinstance(prompt, str) or is_ids
 
 
-def empty_model(directory: Path, parallel: TensorParallel, dtype: torch.dtype) -> Transformer:
-    """On no device yet, and without its tokenizer, which token ids do not need."""
-    return Transformer(read_config(directory), parallel=parallel, dtype=dtype, device="meta")
+def read_model(directory: Path, parallel: TensorParallel, dtype: torch.dtype) -> LanguageModel:
+    """The model in a dtype of our choice, without its tokenizer, which token ids do not need."""
+    config = read_config(directory)
+    model = Transformer(config, parallel=parallel, dtype=dtype, device="meta")
+    model.to_empty(device=default_device())
+    load_weights(model, directory)
+    return LanguageModel(model.eval().requires_grad_(False))
 
 
-def traces_of(model: Transformer, prompts: Sequence[Sequence[int]]) -> list[Trace]:
+def traces_of(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> list[Trace]:
     """The lens of all layers over greedy continuations, all of the same length."""
-    sequences = [list(prompt) for prompt in prompts]
-    recorder = LensRecorder(model, LensSpec(top_k=TOP_K, targets=None), sequences)
-    samplings = [Sampling()] * len(sequences)
-    generate_tokens(
-        model, sequences, max_new_tokens=NEW_TOKENS, samplings=samplings, observer=recorder
-    )
-    return recorder.finish()
+    spec = LensSpec(top_k=TOP_K, targets=None)
+    results = lm.generate(list(prompts), max_new_tokens=NEW_TOKENS, lens=spec, stop_ids=())
+    return [result.trace for result in results if result.trace is not None]
 
 
 def rank_run(
@@ -95,20 +93,18 @@ def rank_run(
 ) -> dict[str, Any]:
     """The traces in each dtype on these ranks, ready for JSON."""
     prompts = read_prompts(prompts_file, directory)
-    device = default_device()
-    found = {}
-    for name, dtype in DTYPES.items():
-        model = empty_model(directory, parallel, dtype).to_empty(device=device)
-        load_weights(model, directory)
-        model.eval().requires_grad_(False)
-        found[name] = [trace.to_dict() for trace in traces_of(model, prompts)]
-    return found
+    return {
+        name: [
+            trace.to_dict() for trace in traces_of(read_model(directory, parallel, dtype), prompts)
+        ]
+        for name, dtype in DTYPES.items()
+    }
 
 
 def first_difference(trace: Trace, reference: Trace, prompt_tokens: int) -> int | None:
     """Which new token is the first that differs; None where none does."""
     pairs = zip(trace.input_ids, reference.input_ids, strict=True)
-    differ = [at for at, (token, other) in enumerate(pairs) if token != other]
+    differ = [position for position, (token, other) in enumerate(pairs) if token != other]
     return differ[0] - prompt_tokens if differ else None
 
 
@@ -156,11 +152,14 @@ def rank_agreement(
         raise ValueError("--ranks names one rank count: there is nothing to compare it with")
     directory = find_model(source, TensorParallel.single())
     prompts = read_prompts(prompts_file, directory)
-    model = empty_model(directory, TensorParallel.single(), torch.float32)
-    check_prompts(model, prompts, NEW_TOKENS)
+    config = read_config(directory)
+    if not prompts:
+        raise ValueError("there is no prompt")
     lengths = [len(prompt) for prompt in prompts]
+    for number, prompt in enumerate(prompts):
+        check_prompt(prompt, NEW_TOKENS, config, f"prompt {number}")
     for ranks in rank_counts:
-        plan(model.config, ranks=ranks, context=max(lengths) + NEW_TOKENS, batch=len(prompts))
+        plan(config, ranks=ranks, context=max(lengths) + NEW_TOKENS, batch=len(prompts))
     runs = {ranks: _measured(ranks, directory, prompts_file) for ranks in rank_counts}
     alone = rank_counts[0]
     pairs = [((dtype, p), (dtype, alone)) for dtype in DTYPES for p in rank_counts[1:]]
@@ -170,9 +169,9 @@ def rank_agreement(
         "environment": environment() | {"threads": THREADS},  # of each rank
         "device": default_device().type,
         "model": Path(source).name if Path(source).is_dir() else source,
-        "n_layers": model.config.n_layers,
-        "d": model.config.d,
-        "vocab": model.config.vocab_size,
+        "n_layers": config.n_layers,
+        "d": config.d,
+        "vocab": config.vocab_size,
         "prompts": prompts,
         "new_tokens": NEW_TOKENS,
         "top_k": TOP_K,

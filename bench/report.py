@@ -1,12 +1,22 @@
-"""What every benchmark result says of the machine and the code that made it."""
+"""Results: what each says of machine and code, what is claimed of it, and how it is kept.
+
+A result is printed as one JSON line and kept as a file; that of a long stage is a `Journal`, whole
+at every moment, whatever ends the stage.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import json
+import math
 import os
 import platform
+import re
 import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +37,9 @@ CARDS = {
     "NVIDIA L40S": "l40s",
     "NVIDIA RTX A6000": "rtx-a6000",
 }
+# Words of a device's name that do not tell one card from another: makers, and kinds of memory.
+DROPPED_WORDS = r"nvidia|geforce|tesla|generation|\d+gb|hbm\d*\w?|sxm\d*"
+REHEARSAL = "cpu-rehearsal"  # decides nothing
 
 
 def environment() -> dict[str, Any]:
@@ -43,7 +56,7 @@ def environment() -> dict[str, Any]:
 
 
 def nominal_bandwidth_bytes_per_s(device_name: str) -> float | None:
-    """Of the memory, from the card's data sheet; None for a card that is not known."""
+    """The memory's, from the card's data sheet; None for a card that is not known."""
     known = CARDS.get(device_name)
     return None if known is None else GPUS[known].bandwidth_bytes_per_s
 
@@ -51,7 +64,7 @@ def nominal_bandwidth_bytes_per_s(device_name: str) -> float | None:
 def bandwidth_shares(
     bytes_per_s: float, copy_bytes_per_s: float, device: torch.device
 ) -> dict[str, float | None]:
-    """Of what a copy on this machine was measured to move, and of the card's data sheet.
+    """The shares of what a copy on this machine was measured to move, and of the data sheet.
 
     A copy reaches about nine tenths of the latter, so a figure says which of the two it is of.
     """
@@ -92,15 +105,114 @@ def emit(result: dict[str, Any], save_as: str | None) -> None:
         write_json(RESULTS / f"{save_as}.json", result)
 
 
-def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process, from the kernel."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}")
+def verdict(claim: str, figure: float, target: float | None, below: bool = False) -> dict[str, Any]:
+    """A claim, its figure, and whether it reaches the target (or, where `below`, stays under it).
+
+    Without a target nothing is decided.
+    """
+    met = None if target is None else (figure <= target if below else figure >= target)
+    return {"claim": claim, "figure": figure, "target": target, "below": below, "met": met}
 
 
-def reset_peak() -> None:
-    """Make VmHWM start again from what is resident now, after freed memory went back."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+def print_verdicts(found: list[dict[str, Any]]) -> None:
+    for claim in found:
+        word = {True: "met", False: "NOT MET", None: "no target"}[claim["met"]]
+        bound = ""
+        if claim["target"] is not None:
+            bound = f"{'at most' if claim['below'] else 'at least'} {claim['target']:.3g}"
+        print(f"{claim['claim']:48}{claim['figure']:>9.3f}  {bound:15}{word}")
+
+
+def figure_or_none(width: float, height: float) -> Any:
+    """A figure of so many inches. Without matplotlib there is none, and a line says so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: it needs matplotlib (pip install 'shardlens[plot]')")
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def card(device_name: str | None) -> str:
+    """A card's name in files, such as h100 or rtx-4090; without a device, that of a rehearsal."""
+    if device_name is None:
+        return REHEARSAL
+    words = re.findall(r"[a-z0-9]+", device_name.lower())
+    return "-".join(w for w in words if not re.fullmatch(DROPPED_WORDS, w)) or "gpu"
+
+
+class Journal:
+    """Results so far. `finished` is false till the end, and `in_progress` says what was begun."""
+
+    def __init__(self, path: Path, **head: Any) -> None:
+        self.path = path
+        self._started = time.monotonic()
+        self.content: dict[str, Any] = {
+            **head,
+            "finished": False,
+            "in_progress": None,
+            "failed": {},
+            "red": {},
+        }
+        self.write()
+
+    def write(self) -> None:
+        self.content["seconds"] = round(time.monotonic() - self._started, 1)
+        write_json(self.path, _finite(self.content))
+
+    def record(self, **results: Any) -> None:
+        self.content |= results
+        self.write()
+
+    def now(self, what: str) -> None:
+        """Record what comes next."""
+        self.record(in_progress=what)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """A block whose failure is recorded, and ends nothing else."""
+        outer = self.content["in_progress"]
+        self.now(name)
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            doing = self.content["in_progress"]
+            self.content["failed"][doing] = first_line(error)
+            print(f"FAILED {doing}: {first_line(error)}", file=sys.stderr, flush=True)
+        self.record(in_progress=outer)
+
+    def add_red(self, what: str, *found: str) -> None:
+        """A test or check that failed; what it tests is not reported."""
+        self.content["red"].setdefault(what, []).extend(found)
+        for text in found:
+            print(f"RED {what}: {text}", flush=True)
+        self.write()
+
+    def finish(self) -> int:
+        """An exit code: 1 if something failed or is red."""
+        self.record(finished=True)
+        return int(bool(self.content["failed"] or self.content["red"]))
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def is_finished(path: Path) -> bool:
+    return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
+
+
+def mark_end(path: Path, how: str) -> None:
+    """Write into the file of a stage that did not finish how it ended."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {"finished": False} | content | {"ended": how})
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {str(name): _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The same generation, read live, on 1, 2 and 4 ranks: same answers, what is sent, time as ratios.
+"""One generation, read live, on 1, 2 and 4 ranks: equal answers, bytes sent, ratios of time.
 
     shardlens bench scaling [--ranks 1,2,4] [--save NAME]
 
@@ -18,51 +18,48 @@ from typing import Any
 
 import torch
 
-from ..engine.generation import generate_tokens
-from ..engine.lens_spec import LensSpec
+from ..engine import LensSpec, Sampling
 from ..engine.plan import GPUS, Plan, plan
-from ..engine.sampling import Sampling
-from ..interp.lens import LensRecorder
+from ..language_model import LanguageModel
 from ..model.load import default_device
-from ..parallel.group import TensorParallel
-from .models import N_LAYERS, model_config, random_model
-from .on_ranks import hand_over, on_ranks
+from ..parallel import TensorParallel
+from .processes import hand_over, on_ranks
 from .report import environment
+from .shapes import N_LAYERS, default_dtype, model_config, random_model
 
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 16, 8, 5
 PREDICTED_RANKS = (1, 2, 4, 8, 16, 32, 64)
 PREDICTED_CONTEXT, PREDICTED_GPU = 1500, "h200"
-# Between rank counts, whose sums are rounded in another order: nats, and places of a target far
+# Between rank counts, whose sums are rounded in another order: nats, and ranks of a target far
 # down among tens of thousands of nearly equal random logits, where an id lies every 1e-4 nats.
-LOGPROB_NATS, PLACES = 1e-3, 3
+LOGPROB_NATS, TARGET_RANKS = 1e-3, 3
 
 
 def rank_run(shape: str) -> dict[str, Any]:
     """One generation on the ranks of this process's group, timed at its second run."""
     device = default_device()
     parallel = TensorParallel.from_env(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = random_model(model_config(shape), parallel, dtype, device)
+    model = random_model(model_config(shape), parallel, default_dtype(device), device)
+    lm = LanguageModel(model)
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(model.config.vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
     for _ in range(2):
         parallel.traffic.reset()
-        sequences = [list(prompt)]
-        recorder = LensRecorder(model, LensSpec(top_k=TOP_K), sequences)
         started = time.perf_counter()
-        generate_tokens(
-            model,
-            sequences,
+        result = lm.generate(
+            prompt,
             max_new_tokens=NEW_TOKENS,
-            samplings=[Sampling(1.0, seed=1)],
-            observer=recorder,
+            sampling=Sampling(1.0, seed=1),
+            lens=LensSpec(top_k=TOP_K),
+            stop_ids=(),
         )
         seconds = time.perf_counter() - started
-    trace = recorder.finish()[0]
+    trace = result.trace
+    assert trace is not None and trace.logprobs is not None and trace.target_rank is not None
     return {
         "ranks": parallel.size,
         "seconds": seconds,
-        "token_ids": sequences[0],
+        "token_ids": prompt + result.token_ids,
         "lens_ids": trace.token_ids.tolist(),
         "lens_logprobs": trace.logprobs.tolist(),
         "target_ranks": trace.target_rank.tolist(),
@@ -83,8 +80,8 @@ def difference(run: dict[str, Any], alone: dict[str, Any]) -> str | None:
         if run[name] != alone[name]:
             return f"{name} on {run['ranks']} ranks are not those on {alone['ranks']}"
     moved = torch.tensor(run["target_ranks"]) - torch.tensor(alone["target_ranks"])
-    if moved.abs().max() > PLACES:
-        return f"a target's rank on {run['ranks']} ranks is {int(moved.abs().max())} places off"
+    if moved.abs().max() > TARGET_RANKS:
+        return f"a target's rank on {run['ranks']} ranks is off by {int(moved.abs().max())}"
     gap = torch.tensor(run["lens_logprobs"]) - torch.tensor(alone["lens_logprobs"])
     worst = float(gap.abs().max())
     return None if worst <= LOGPROB_NATS else f"log-probs on {run['ranks']} ranks: {worst:.3g} off"
@@ -152,7 +149,7 @@ def _row(name: str, planned: Plan, memory_bytes: float, bandwidth: float) -> dic
 
 def print_scaling(result: dict[str, Any]) -> None:
     print("answers: the same on every rank count")
-    print(f"{'ranks':>6}{'time over first':>17}{'sent a position':>17}   by collective")
+    print(f"{'ranks':>6}{'time over first':>17}{'sent/position':>17}   by collective")
     for run in result["runs"]:
         sent = ", ".join(f"{name} {size:,}" for name, size in run["sent_bytes"].items())
         print(

@@ -1,19 +1,25 @@
-"""The grid of the microbenchmarks: shapes of published models, as each rank of a group sees them.
+"""Shapes of published models, the grids of the microbenchmarks, and models with random weights.
 
-A rank of p holds 1 / p of the heads, of the MLP and of the vocabulary, and whole rows. Shapes that
-several models or rank counts share are measured once; `used_by` names them all.
+A rank of p holds 1 / p of the heads, of the MLP and of the vocabulary, and whole rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from ..model.config import ModelConfig
+from ..model.transformer import Transformer
+from ..model.weights import init_weights
+from ..parallel.group import TensorParallel
 
 
 @dataclass(frozen=True)
 class ModelShape:
+    """The sizes that decide what a block and the head cost."""
+
     d: int
     n_heads: int
     kv_heads: int
@@ -21,6 +27,14 @@ class ModelShape:
     f: int  # width of the MLP
     vocab: int
     qk_norm: bool
+
+    def heads_per_rank(self, ranks: int) -> dict[str, int]:
+        """Query heads H, key and value heads K (replicated where ranks exceed them), and D."""
+        return {
+            "H": self.n_heads // ranks,
+            "K": max(1, self.kv_heads // ranks),
+            "D": self.head_dim,
+        }
 
 
 MODELS = {
@@ -30,10 +44,16 @@ MODELS = {
     "qwen3-14b": ModelShape(5120, 40, 8, 128, 17408, 151_936, True),
     "qwen3-32b": ModelShape(5120, 64, 8, 128, 25600, 151_936, True),
 }
-OPS = ("rmsnorm_steer", "swiglu", "rope_qk", "decode_attention", "head_stats")
-NORM_VARIANTS = ("norm", "residual", "edits")
-TOP_K = 5
-CACHE_POSITIONS = 2048  # capacity of the cache that a decode step's rope_qk writes into
+N_LAYERS = dict(zip(MODELS, (32, 80, 36, 40, 64), strict=True))
+TIED = ("qwen3-4b",)
+ROPE_THETA = {"llama": 5e5, "qwen3": 1e6}
+CONTEXT = 8192
+# With the number of layers. cpu: Llama-3.2-1B at half its width, with the vocabulary of Llama 2.
+CPU_SHAPES = {
+    "cpu": (ModelShape(1024, 16, 4, 64, 4096, 32_000, False), 16),
+    "cpu-small": (ModelShape(128, 8, 4, 16, 256, 2_003, False), 4),
+}
+STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -68,62 +88,57 @@ GRIDS = {
 }
 
 
-@dataclass
-class Case:
-    """One operation at one shape."""
-
-    op: str
-    sizes: dict[str, int]
-    variant: str = ""
-    dtype: torch.dtype = torch.bfloat16
-    used_by: list[str] = field(default_factory=list)  # "model/ranks"
-
-    @property
-    def shape(self) -> str:
-        return " ".join(f"{name}={size}" for name, size in self.sizes.items())
-
-    @property
-    def label(self) -> str:
-        return " ".join(filter(None, (self.op, self.variant, self.shape)))
+def model_config(name: str) -> ModelConfig:
+    """The config of a whole model. Raises ValueError for an unknown name."""
+    if name in CPU_SHAPES:
+        return _config(*CPU_SHAPES[name], tied=False, rope_theta=1e4)
+    if name not in MODELS:
+        raise ValueError(f"shape {name}: there are {', '.join((*CPU_SHAPES, *MODELS))}")
+    theta = ROPE_THETA[name.split("-")[0]]
+    return _config(MODELS[name], N_LAYERS[name], tied=name in TIED, rope_theta=theta)
 
 
-def cases(grid: str, ops: Iterable[str] = OPS, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
-    """The distinct cases of a grid, by operation. Raises ValueError for an unknown name."""
-    if grid not in GRIDS:
-        raise ValueError(f"grid {grid}: there are {', '.join(GRIDS)}")
-    found: dict[str, Case] = {}
-    for op in ops:
-        if op not in OPS:
-            raise ValueError(f"operation {op}: there are {', '.join(OPS)}")
-        for name in GRIDS[grid].models:
-            for ranks in GRIDS[grid].ranks:
-                for case in _of_model(op, MODELS[name], ranks, GRIDS[grid]):
-                    case.dtype = dtype
-                    found.setdefault(case.label, case).used_by.append(f"{name}/{ranks}")
-    return list(found.values())
-
-
-def _of_model(op: str, model: ModelShape, ranks: int, grid: Grid) -> Iterator[Case]:
-    heads = {
-        "H": model.n_heads // ranks,
-        "K": max(1, model.kv_heads // ranks),  # replicated where ranks exceed them
-        "D": model.head_dim,
+def _config(shape: ModelShape, n_layers: int, *, tied: bool, rope_theta: float) -> ModelConfig:
+    content: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM" if shape.qk_norm else "LlamaForCausalLM"],
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.d,
+        "intermediate_size": shape.f,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": shape.n_heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": CONTEXT,
+        "rope_theta": rope_theta,
+        "tie_word_embeddings": tied,
     }
-    if op == "rmsnorm_steer":
-        for variant in NORM_VARIANTS:
-            for rows in grid.rows:
-                yield Case(op, {"rows": rows, "d": model.d}, variant)
-    elif op == "swiglu":
-        for rows in grid.rows:
-            yield Case(op, {"rows": rows, "f": model.f // ranks})
-    elif op == "rope_qk":
-        for batch, tokens in grid.rope:
-            capacity = max(tokens, CACHE_POSITIONS)
-            sizes = {"B": batch, "T": tokens, **heads, "S": capacity}
-            yield Case(op, sizes, "normed" if model.qk_norm else "plain")
-    elif op == "decode_attention":
-        for batch, context in grid.attention:
-            yield Case(op, {"B": batch, **heads, "S": context})
-    elif op == "head_stats":
-        for rows in grid.head_rows:
-            yield Case(op, {"rows": rows, "d": model.d, "V": -(-model.vocab // ranks), "k": TOP_K})
+    return ModelConfig.from_hf(content)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that is measured: bf16 on a GPU, float32 on a CPU, where bf16 may be emulated."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@torch.no_grad()
+def random_model(
+    config: ModelConfig, parallel: TensorParallel, dtype: torch.dtype, device: torch.device
+) -> Transformer:
+    """On a CPU the weights are the same for every rank count; on a GPU they are drawn there, which
+    takes seconds instead of minutes, and each rank draws its own.
+    """
+    if device.type == "cpu":
+        model = Transformer(config, parallel=parallel, dtype=dtype)
+        init_weights(model, std=STD)
+        return model.eval().requires_grad_(False)
+    model = Transformer(config, parallel=parallel, dtype=dtype, device="meta")
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(parallel.rank)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.normal_(std=STD, generator=generator)
+    return model.eval().requires_grad_(False)

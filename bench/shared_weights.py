@@ -40,7 +40,7 @@ def as_transformers(model: Transformer, dtype: torch.dtype | None = None) -> Any
 
 
 def transformers_config(config: ModelConfig, dtype: torch.dtype) -> Any:
-    """What transformers needs to be told to build the same model."""
+    """The config with which transformers builds the same model."""
     family = config.architecture.removesuffix("ForCausalLM")
     config_class = getattr(_transformers(), f"{family}Config")
     return config_class(

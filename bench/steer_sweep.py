@@ -4,9 +4,9 @@
 
 A random model with 16 layers and one prompt of 200 tokens. Every layer's resid_post is steered on
 its own, at 7 multipliers: 112 variants, of which the propensity of two labels is asked as the
-paper asks it, with the last position edited (arXiv 2604.06483). One arm runs them as branches of
-one prompt, the other runs the whole prompt again for each and reads two logits of it. Both must
-give the same propensities before either is timed. Then the arms take turns.
+paper asks it, with the last position edited (arXiv 2604.06483). They run as branches of one prompt,
+or with the whole prompt run again for each, of which two logits are read. Both ways must
+give the same propensities before either is timed. Then they take turns.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.edit_table import EditTable
-from ..engine.steering import Steering
+from ..engine import Steering
+from ..engine.edit_table import EditTable, TableShape
 from ..interp.propensity import Item, Variants, propensities
 from ..interp.slopes import MULTIPLIERS
-from ..model.config import ModelConfig
+from ..model import ModelConfig, Transformer
 from ..model.points import Tap
-from ..model.transformer import Transformer
-from ..parallel.group import TensorParallel
+from ..parallel import TensorParallel
 from ..parallel.head_reduce import token_logits
-from .head_cpu import spread
-from .models import random_model
-from .report import environment
-from .timing import measured_rates, one_thread, synchronize
+from .report import environment, verdict
+from .shapes import random_model
+from .timing import by_turns, measured_rates, one_thread, spread, synchronize
 
-NATS = 1e-5  # by which the two arms' propensities may differ
-EFFECT = 10 * NATS  # what steering a layer must at least do: arms that do nothing agree, too
+NATS = 1e-5  # by which propensities may differ
+EFFECT = 10 * NATS  # what steering a layer must at least do: what does nothing agrees, too
 LEAST_RATIO = 30.0  # claimed of the times, for SHAPE
 VECTOR_STD = 0.1  # of a vector's numbers: about as long as the states of such a model
 ONE_PASS, SEPARATE = "one pass", "a pass each"
@@ -68,7 +66,7 @@ SHAPE = SweepShape()
 
 @dataclass(frozen=True)
 class Sweep:
-    """What both arms are asked: a prompt, two labels that may follow, and a vector a layer."""
+    """The task: a prompt, two labels that may follow, and a vector per layer."""
 
     prompt: list[int]
     label_ids: tuple[int, int]
@@ -83,13 +81,13 @@ class Sweep:
         return cls(prompt, (shape.vocab // 3, shape.vocab // 2), vectors.to(device))
 
 
-Arm = Callable[[Transformer, Sweep], Tensor]  # [L, K] propensities
+Impl = Callable[[Transformer, Sweep], Tensor]  # [L, K] propensities
 
 
 def one_pass(model: Transformer, sweep: Sweep) -> Tensor:
     n_layers, n_steps = len(sweep.vectors), len(MULTIPLIERS)
     variants = Variants(
-        places=[Tap(layer, "resid_post") for layer in range(n_layers) for _ in MULTIPLIERS],
+        [Tap(layer, "resid_post") for layer in range(n_layers) for _ in MULTIPLIERS],
         vectors=sweep.vectors.to(model.dtype),
         rows=torch.arange(n_layers, device=model.device).repeat_interleave(n_steps),
         scales=torch.tensor(MULTIPLIERS, device=model.device).repeat(n_layers),
@@ -108,17 +106,27 @@ def separate(model: Transformer, sweep: Sweep) -> Tensor:
     for layer, vector in enumerate(sweep.vectors):
         for multiplier in MULTIPLIERS:
             steering = Steering(vector, [layer], scale=multiplier, positions="last_prompt")
-            edits = EditTable.of([[steering]], [n], n, model.config, model.dtype, model.device)
-            last = model(ids, edits=edits)[:, -1]
+            last = model(ids, edits=_edits(model, steering, n).at)[:, -1]
             rows.append(token_logits(model.norm(last), model.head, labels)[0])
     logits = torch.stack(rows).double().cpu()
     return (logits[:, 0] - logits[:, 1]).view(len(sweep.vectors), -1)
 
 
-ARMS: dict[str, Arm] = {ONE_PASS: one_pass, SEPARATE: separate}
+def _edits(model: Transformer, steering: Steering, n_tokens: int) -> EditTable:
+    shape = TableShape.of([([steering], n_tokens)], n_tokens, model.config)
+    assert shape is not None
+    device, dtype = model.device, model.dtype
+    table = EditTable(
+        model.config, shape, 1, n_tokens, dtype=dtype, device=device, every_site=False
+    )
+    table.put(0, [steering], n_tokens)
+    return table
 
 
-def counted_rows(arm: Arm, model: Transformer, sweep: Sweep) -> tuple[Tensor, int]:
+IMPLS: dict[str, Impl] = {ONE_PASS: one_pass, SEPARATE: separate}
+
+
+def counted_rows(impl: Impl, model: Transformer, sweep: Sweep) -> tuple[Tensor, int]:
     """(its propensities, how many tokens it sent through each block)."""
     rows = 0
 
@@ -128,13 +136,13 @@ def counted_rows(arm: Arm, model: Transformer, sweep: Sweep) -> tuple[Tensor, in
 
     handle = model.blocks[0].register_forward_pre_hook(count)
     try:
-        return arm(model, sweep), rows
+        return impl(model, sweep), rows
     finally:
         handle.remove()
 
 
 def problem(found: Tensor, expected: Tensor) -> str | None:
-    """What is wrong with propensities [L, K] of one pass, given those of a pass each."""
+    """Why propensities [L, K] of one pass are not those expected; None where they are."""
     error = float((found - expected).abs().max())
     if not error <= NATS:  # nor is a NaN
         return f"propensities of the one pass are {error:.3g} nats off"
@@ -146,17 +154,16 @@ def problem(found: Tensor, expected: Tensor) -> str | None:
 
 
 def seconds_by_turns(
-    model: Transformer, sweep: Sweep, rounds: int, arms: dict[str, Arm]
+    model: Transformer, sweep: Sweep, rounds: int, impls: dict[str, Impl]
 ) -> dict[str, list[float]]:
-    """Times of each arm; whatever is set up once has been."""
-    taken: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(rounds):
-        for name in sorted(arms, reverse=turn % 2 == 1):
-            synchronize(model.device)
-            start = time.perf_counter()
-            arms[name](model, sweep)
-            synchronize(model.device)
-            taken[name].append(time.perf_counter() - start)
+    """The times of each; whatever is set up once has been."""
+    taken: dict[str, list[float]] = {name: [] for name in impls}
+    for name in by_turns(list(impls), rounds):
+        synchronize(model.device)
+        started = time.perf_counter()
+        impls[name](model, sweep)
+        synchronize(model.device)
+        taken[name].append(time.perf_counter() - started)
     return taken
 
 
@@ -164,27 +171,27 @@ def steer_sweep(
     rounds: int,
     device: torch.device,
     shape: SweepShape = SHAPE,
-    arms: dict[str, Arm] = ARMS,
+    impls: dict[str, Impl] = IMPLS,
 ) -> dict[str, Any]:
     """The whole benchmark, on one thread. Raises ValueError naming what a check found wrong."""
     with one_thread(), torch.inference_mode():
         model = random_model(shape.config(), TensorParallel.single(), torch.float32, device)
         sweep = Sweep.random(shape, device)
-        answers = {name: counted_rows(arm, model, sweep) for name, arm in arms.items()}
+        answers = {name: counted_rows(impl, model, sweep) for name, impl in impls.items()}
         found, expected = (answers[name][0] for name in (ONE_PASS, SEPARATE))
         red = problem(found, expected)
         if red:
             raise ValueError(f"a check is red, nothing is measured: {red}")
         print("checks: green", flush=True)
         rates = measured_rates(device, torch.float32, 2.0)
-        taken = seconds_by_turns(model, sweep, rounds, arms)
+        taken = seconds_by_turns(model, sweep, rounds, impls)
         head = environment()
     block_weights = sum(weight.numel() for weight in model.blocks.parameters() if weight.ndim == 2)
     measured = {
-        name: _arm_result(seconds, answers[name][1], block_weights, rates.matrix_flop_per_s)
+        name: _figures(seconds, answers[name][1], block_weights, rates.matrix_flop_per_s)
         for name, seconds in taken.items()
     }
-    turns = [each / one for one, each in zip(taken[ONE_PASS], taken[SEPARATE], strict=True)]
+    ratios = [b / a for a, b in zip(taken[ONE_PASS], taken[SEPARATE], strict=True)]
     result: dict[str, Any] = {
         "benchmark": "steer_sweep",
         "environment": head,
@@ -196,18 +203,18 @@ def steer_sweep(
         "rounds": rounds,
         "largest_difference_nats": float((found - expected).abs().max()),
         "matrix_gflop_per_s": rates.matrix_flop_per_s / 1e9,
-        "arms": measured,
+        "impls": measured,
         "rows_ratio": measured[SEPARATE]["rows"] / measured[ONE_PASS]["rows"],
         "time_ratio": min(taken[SEPARATE]) / min(taken[ONE_PASS]),
-        "time_ratio_of_a_turn": {"least": min(turns), "most": max(turns), "p50": median(turns)},
+        "time_ratio_per_round": {"least": min(ratios), "most": max(ratios), "p50": median(ratios)},
     }
     return result | {"claims": claims(result)}
 
 
-def _arm_result(
+def _figures(
     seconds: list[float], rows: int, block_weights: int, flop_per_s: float
 ) -> dict[str, Any]:
-    """With the operations of the blocks' products; attention's own are left out."""
+    """Figures with the operations of the blocks' products; attention's own are left out."""
     flop = 2 * block_weights * rows
     return {
         "rows": rows,
@@ -220,25 +227,17 @@ def _arm_result(
 def claims(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The one claim, its figure, and whether it is met; nothing is claimed of another shape."""
     target = LEAST_RATIO if result["shape"] == vars(SHAPE) else None
-    figure = result["time_ratio"]
-    return [
-        {
-            "claim": "time of a pass for each variant over that of one pass for all",
-            "figure": figure,
-            "target": target,
-            "below": False,
-            "met": None if target is None else figure >= target,
-        }
-    ]
+    text = "time of a pass for each variant over that of one pass for all"
+    return [verdict(text, result["time_ratio"], target)]
 
 
 def print_result(result: dict[str, Any]) -> None:
     columns = ("best", "p20", "p50", "p80")
-    print(f"{'arm':14}{'rows':>9}" + "".join(f"{name + ', s':>10}" for name in columns), end="")
+    print(f"{'impl':14}{'rows':>9}" + "".join(f"{name + ', s':>10}" for name in columns), end="")
     print(f"{'roofline':>10}")
-    for name, arm in result["arms"].items():
-        times = "".join(f"{arm['seconds'][column]:>10.3f}" for column in columns)
-        print(f"{name:14}{arm['rows']:>9,}{times}{arm['roofline_share']:>10.1%}")
+    for name, figures in result["impls"].items():
+        times = "".join(f"{figures['seconds'][column]:>10.3f}" for column in columns)
+        print(f"{name:14}{figures['rows']:>9,}{times}{figures['roofline_share']:>10.1%}")
     print(f"rows: {result['rows_ratio']:.1f} times as many, for {result['variants']} variants")
     for claim in result["claims"]:
         word = {True: "met", False: "NOT MET", None: "no target"}[claim["met"]]

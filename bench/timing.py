@@ -1,10 +1,10 @@
-"""Arms timed by turns in one process, and the rates of this machine that they are held against.
+"""Implementations timed by turns in one process, this machine's rates, and peaks of memory.
 
-On CUDA an arm is captured into a graph that runs it once on each of several sets of inputs, so
+On CUDA a run is captured into a graph that runs it once on each of several sets of inputs, so
 that neither the host's launching nor what lies in the cache from the last run is measured. Before
 each replay a large buffer is *read*: the cache then holds clean lines. Were it written, writing
-those lines back would be charged to an arm that only reads. What an arm leaves in the cache
-unwritten is small beside the bytes of all sets. An arm that cannot be captured (it waits for
+those lines back would be charged to a run that only reads. What a run leaves in the cache
+unwritten is small beside the bytes of all sets. A run that cannot be captured (it waits for
 results on the host) is launched one by one, and its `how` says so.
 
 On a CPU: one thread, the host's clock, one set of inputs a run. Small sets stay in its caches, so
@@ -13,6 +13,7 @@ that a share of the bandwidth may pass 1.
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .report import reset_peak, resident_bytes
-
-Run = Callable[[Any], Any]  # an arm, given one set of inputs
+Run = Callable[[Any], Any]  # given one set of inputs
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 # All sets together; more than caches hold by far.
 SET_BYTES = {"cuda": 2 * 2**30, "cpu": 2**28}
@@ -37,7 +36,7 @@ MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
 
 @dataclass(frozen=True)
 class Times:
-    """Of one run of an arm."""
+    """The time that one run takes."""
 
     p20_ms: float
     p50_ms: float
@@ -48,7 +47,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does at most, measured on random data."""
+    """The most that this machine does, measured on random data."""
 
     copy_bytes_per_s: float  # bytes read plus bytes written
     matrix_flop_per_s: float
@@ -76,31 +75,41 @@ def set_count(bytes_each: int, device: torch.device) -> int:
 
 
 def interleaved(
-    arms: dict[str, Run], sets: Sequence[Any], device: torch.device, seconds: float
+    runs: dict[str, Run], sets: Sequence[Any], device: torch.device, seconds: float
 ) -> dict[str, Times]:
-    """Time every arm on the sets of inputs, by turns, for about so many seconds in all."""
+    """Time every run on the sets of inputs, by turns, for about so many seconds in all."""
     timers = {
         name: _cuda_timer(run, sets, device) if device.type == "cuda" else _CpuTimer(run, sets)
-        for name, run in arms.items()
+        for name, run in runs.items()
     }
     started = time.perf_counter()
     for timer in timers.values():
         timer.once()
     synchronize(device)
-    a_round = time.perf_counter() - started
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / a_round)))
-    names = list(timers)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:  # none always follows the same one
-            timers[name].once()
+    round_seconds = time.perf_counter() - started
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / round_seconds)))
+    for name in by_turns(list(timers), rounds):
+        timers[name].once()
     synchronize(device)
     return {name: _summary(timer.samples_ms()[1:], timer.how) for name, timer in timers.items()}
 
 
+def by_turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Every name in each round, in a rotating order: none always comes first."""
+    for turn in range(rounds):
+        first = turn % max(1, len(names))
+        yield from (*names[first:], *names[:first])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The best (the least), and the 20th, 50th and 80th percentile. Two values at least."""
+    p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return {"best": min(values), "p20": p20, "p50": statistics.median(values), "p80": p80}
+
+
 def _summary(samples_ms: list[float], how: str) -> Times:
-    p20, _, _, p80 = statistics.quantiles(samples_ms, n=5, method="inclusive")
-    return Times(p20, statistics.median(samples_ms), p80, len(samples_ms), how)
+    found = spread(samples_ms)
+    return Times(found["p20"], found["p50"], found["p80"], len(samples_ms), how)
 
 
 class _CpuTimer:
@@ -183,7 +192,7 @@ def _flush_buffer(device: torch.device) -> Tensor:
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype, seconds: float) -> Rates:
-    """Copy bandwidth and matrix rate: timed as arms are, but the p20, as these are ceilings."""
+    """Copy bandwidth and matrix rate: timed as runs are, but the p20, as these are ceilings."""
     n = COPY_BYTES[device.type] // dtype.itemsize
     size = MATRIX_SIZE[device.type]
     pair = (torch.randn(n, dtype=dtype, device=device), torch.empty(n, dtype=dtype, device=device))
@@ -218,3 +227,17 @@ def peak_extra_bytes(run: Run, given: Any, device: torch.device) -> int | None:
     resident = resident_bytes("VmRSS")
     run(given)
     return max(0, resident_bytes("VmHWM") - resident)
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process, from the kernel."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {field}")
+
+
+def reset_peak() -> None:
+    """Make VmHWM start again from what is resident now, after freed memory went back."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")

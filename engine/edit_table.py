@@ -3,15 +3,15 @@
 The norm's kernel finds the vector of each row by itself. Nothing but the table's shape decides
 what is launched: a captured decode step follows every other change without a new capture.
 
-Edits of a request that meet at a place and position act in the order of its list. So that each
-works on what the one before it made, they lie on levels: an edit's level is one above the highest
-of the earlier edits that it meets, and the levels of a place are applied one after another. On one
-level no two edits of a request meet; there they lie in slots, of which at most one applies.
+Edits of a request that meet at a tap and position act in the order of its list. So that each works
+on what the one before it made, they act in passes: an edit's pass is the one after the last of the
+earlier edits that it meets. In one pass no two edits of a request meet; they are alternatives, of
+which at most one applies to a position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,60 +21,48 @@ from torch import Tensor
 from ..kernels.edits import MODES, Edits
 from ..model.config import ModelConfig
 from ..model.points import POINTS, Tap
-from ..model.tap_edits import TapEdits
+from ..model.tap_edits import NO_EDITS, TapEdits
 from .limits import rounded_up
 from .steering import Steering
 
 LEAST_ROWS = 8  # of a table, so that a few more edits fit a captured step
-_NO_PATTERN = 0  # the mask without any position
+_NO_MASK = 0  # row of the mask without any position
 
 
-class _Placed(NamedTuple):
-    """One edit at one of its places."""
+class _TapEdit(NamedTuple):
+    """One edit of a request at one of its taps."""
 
-    request: int
-    number: int  # of the edit in the batch
+    number: int  # of the edit in the request's list
     steering: Steering
     tap: Tap
-    level: int
-    slot: int
+    pass_index: int
+    alternative: int
 
     @property
     def content(self) -> tuple[int, Tap | None, str]:
-        """What edits share a row of vectors by: it is the same for the same vector and mode."""
+        """The key by which edits share a row of vectors: same vector and mode."""
         is_lone = isinstance(self.steering.vector, Tensor)
         return id(self.steering.vector), None if is_lone else self.tap, self.steering.mode
 
 
-def _masks(
-    steerings: Sequence[Sequence[Steering]], prompt_lengths: Sequence[int], capacity: int
-) -> Tensor:
-    """[edits of the batch, capacity] bool: the positions of each."""
-    masks = [
-        steering.mask(length, capacity)
-        for own, length in zip(steerings, prompt_lengths, strict=True)
-        for steering in own
-    ]
+def _masks(steerings: Sequence[Steering], prompt_length: int, capacity: int) -> Tensor:
+    """[edits, capacity] bool: the positions of each edit of a request."""
+    masks = [steering.mask(prompt_length, capacity) for steering in steerings]
     return torch.stack(masks) if masks else torch.zeros(0, capacity, dtype=torch.bool)
 
 
-def _place(
-    steerings: Sequence[Sequence[Steering]], masks: Tensor, n_layers: int
-) -> Iterator[_Placed]:
-    """Every edit at each of its places; masks: see `_masks`."""
-    first = 0
-    for request, own in enumerate(steerings):
-        positions = masks[first : first + len(own)].float()
-        meets = (positions @ positions.T > 0).tolist()
-        earlier: dict[Tap, list[tuple[int, int]]] = {}  # (index, level) of edits at a place
-        for index, steering in enumerate(own):
-            for tap in steering.taps(n_layers):
-                there = earlier.setdefault(tap.canonical, [])
-                level = max((at + 1 for other, at in there if meets[index][other]), default=0)
-                slot = sum(at == level for _, at in there)
-                there.append((index, level))
-                yield _Placed(request, first + index, steering, tap, level, slot)
-        first += len(own)
+def _tap_edits(steerings: Sequence[Steering], masks: Tensor, n_layers: int) -> Iterator[_TapEdit]:
+    """Every edit of a request at each of its taps; masks: see `_masks`."""
+    positions = masks.float()
+    meets = (positions @ positions.T > 0).tolist()
+    earlier: dict[Tap, list[tuple[int, int]]] = {}  # (number, pass) of edits at a tap
+    for number, steering in enumerate(steerings):
+        for tap in steering.taps(n_layers):
+            here = earlier.setdefault(tap.canonical, [])
+            pass_index = max((at + 1 for other, at in here if meets[number][other]), default=0)
+            alternative = sum(at == pass_index for _, at in here)
+            here.append((number, pass_index))
+            yield _TapEdit(number, steering, tap, pass_index, alternative)
 
 
 @dataclass(frozen=True)
@@ -82,57 +70,65 @@ class TableShape:
     """What a captured step depends on: the points that are edited, and sizes, rounded up."""
 
     points: tuple[str, ...]
-    n_levels: tuple[int, ...]  # of each point
-    n_vectors: int
-    n_patterns: int
-    n_slots: int
+    n_passes: tuple[int, ...]  # of each point
+    n_vectors: int  # of a request
+    n_masks: int  # of a request
+    n_alternatives: int
 
     @classmethod
     def of(
         cls,
-        steerings: Sequence[Sequence[Steering]],
-        prompt_lengths: Sequence[int],
+        requests: Iterable[tuple[Sequence[Steering], int]],
         capacity: int,
         config: ModelConfig,
     ) -> TableShape | None:
-        """That of one list of edits a request; None where nothing is edited.
+        """Room for any of the requests in any slot; None where none has an edit.
 
-        capacity: that of the table, for edits count as meeting up to there.
+        requests: the edits and the prompt's length of each. capacity: that of the table, for edits
+        count as meeting up to there.
         """
-        masks = _masks(steerings, prompt_lengths, capacity)
-        n_levels: dict[str, int] = {}
-        contents = set()
-        for placed in _place(steerings, masks, config.n_layers):
-            point = placed.tap.canonical.point
-            n_levels[point] = max(n_levels.get(point, 0), placed.level + 1)
-            contents.add(placed.content)
-        if not contents:
+        n_passes: dict[str, int] = {}
+        n_vectors = n_masks = n_alternatives = 0
+        for steerings, prompt_length in requests:
+            masks = _masks(steerings, prompt_length, capacity)
+            edits = list(_tap_edits(steerings, masks, config.n_layers))
+            for edit in edits:
+                point = edit.tap.canonical.point
+                n_passes[point] = max(n_passes.get(point, 0), edit.pass_index + 1)
+            n_vectors = max(n_vectors, len({edit.content for edit in edits}))
+            n_masks = max(n_masks, len(steerings))
+            n_alternatives = max(n_alternatives, *(1 + e.alternative for e in edits), 0)
+        if not n_passes:
             return None
-        points = tuple(point for point in POINTS if point in n_levels)
+        points = tuple(point for point in POINTS if point in n_passes)
         return cls(
             points=points,
-            n_levels=tuple(n_levels[point] for point in points),
-            n_vectors=rounded_up(len(contents), LEAST_ROWS),
-            n_patterns=rounded_up(len(masks) + 1, LEAST_ROWS),
-            n_slots=rounded_up(max(map(len, steerings))),
+            n_passes=tuple(n_passes[point] for point in points),
+            n_vectors=rounded_up(n_vectors, LEAST_ROWS),
+            n_masks=rounded_up(n_masks, LEAST_ROWS),
+            n_alternatives=rounded_up(n_alternatives),
         )
 
     def covers(self, other: TableShape) -> bool:
         """Whether a table of this shape has room for what one of the other holds."""
-        own_levels = dict(zip(self.points, self.n_levels, strict=True))
+        n_passes = dict(zip(self.points, self.n_passes, strict=True))
         return (
             all(
-                own_levels.get(point, 0) >= levels
-                for point, levels in zip(other.points, other.n_levels, strict=True)
+                n_passes.get(point, 0) >= n
+                for point, n in zip(other.points, other.n_passes, strict=True)
             )
             and self.n_vectors >= other.n_vectors
-            and self.n_patterns >= other.n_patterns
-            and self.n_slots >= other.n_slots
+            and self.n_masks >= other.n_masks
+            and self.n_alternatives >= other.n_alternatives
         )
 
 
 class EditTable:
-    """Edits of B requests: Z sites, which are the levels of all places, and S slots of each."""
+    """Edits of B requests: Z sites, which are the passes over all taps, and A alternatives each.
+
+    every_site: whether passes without an edit are launched, too, as a captured step must, which
+    serves the edits of later requests. Else the cost is that of the edits that there are.
+    """
 
     def __init__(
         self,
@@ -143,91 +139,92 @@ class EditTable:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        every_site: bool,
     ) -> None:
         self.config, self.shape, self.capacity = config, shape, capacity
+        self.every_site = every_site
         self.sites = [
-            (Tap(layer, point), level)
-            for point, n_levels in zip(shape.points, shape.n_levels, strict=True)
-            for level in range(n_levels)
+            (Tap(layer, point), pass_index)
+            for point, n_passes in zip(shape.points, shape.n_passes, strict=True)
+            for pass_index in range(n_passes)
             for layer in range(config.n_layers + 1)
         ]
-        size = (len(self.sites), shape.n_slots, batch)
+        self._site_index = {site: index for index, site in enumerate(self.sites)}
+        self._live: list[set[int]] = [set() for _ in range(batch)]  # sites with an edit, per slot
+        size = (len(self.sites), shape.n_alternatives, batch)
 
         def zeros(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.vectors = zeros(shape.n_vectors, config.d, dtype=dtype)
-        self.modes = zeros(shape.n_vectors, dtype=torch.int32)
-        self.masks = zeros(shape.n_patterns, capacity, dtype=torch.bool)
+        self.vectors = zeros(batch * shape.n_vectors, config.d, dtype=dtype)
+        self.modes = zeros(batch * shape.n_vectors, dtype=torch.int32)
+        self.masks = zeros(1 + batch * shape.n_masks, capacity, dtype=torch.bool)
         self.row = zeros(*size, dtype=torch.int32)  # of `vectors`
         self.scale = zeros(*size, dtype=torch.float32)
-        self.pattern = zeros(*size, dtype=torch.int64)  # row of `masks`
+        self.mask = zeros(*size, dtype=torch.int64)  # row of `masks`
 
-    @classmethod
-    def of(
-        cls,
-        steerings: Sequence[Sequence[Steering]],
-        prompt_lengths: Sequence[int],
-        capacity: int,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> EditTable:
-        """One for passes over texts of up to `capacity` positions, with at least one edit."""
-        shape = TableShape.of(steerings, prompt_lengths, capacity, config)
-        assert shape is not None
-        table = cls(config, shape, len(steerings), capacity, dtype=dtype, device=device)
-        table.fill(steerings, prompt_lengths)
-        return table
-
-    def first(self, batch: int) -> EditTable:
-        """That of the first `batch` requests, in the same memory."""
+    def slot(self, slot: int) -> EditTable:
+        """The edits of one slot, in the same memory."""
         part = EditTable.__new__(EditTable)
         part.__dict__.update(self.__dict__)
-        for name in ("row", "scale", "pattern"):
-            setattr(part, name, getattr(self, name)[..., :batch])
+        part._live = self._live[slot : slot + 1]
+        for name in ("row", "scale", "mask"):
+            setattr(part, name, getattr(self, name)[..., slot : slot + 1])
         return part
 
-    def fill(self, steerings: Sequence[Sequence[Steering]], prompt_lengths: Sequence[int]) -> None:
-        """Replace all content: one list of edits a request, which the table's shape has room for.
+    def put(self, slot: int, steerings: Sequence[Steering], prompt_length: int) -> None:
+        """Replace the edits of a slot by a request's, which the table's shape has room for.
 
-        The edits must have passed `Steering.check`.
+        The edits must have passed `Steering.check`. No edits leave the slot empty.
         """
-        masks = _masks(steerings, prompt_lengths, self.capacity)
-        site_of = {site: index for index, site in enumerate(self.sites)}
-        rows: dict[tuple[int, Tap | None, str], int] = {}
-        modes: list[int] = []
-        placed = list(_place(steerings, masks, self.config.n_layers))
-        for one in placed:
-            if one.content not in rows:
-                number = rows[one.content] = len(rows)
-                self.vectors[number] = one.steering.vector_at(one.tap).to(self.vectors)
-                modes.append(MODES.index(one.steering.mode))
-        self.modes[: len(modes)] = torch.tensor(modes, dtype=torch.int32).to(self.modes.device)
-        self.masks[1 : 1 + len(masks)] = masks.to(self.masks.device)
-        where = [(site_of[one.tap.canonical, one.level], one.slot, one.request) for one in placed]
-        at = torch.tensor(where, dtype=torch.int64).view(-1, 3).unbind(1)
-        _write(self.row, at, [rows[one.content] for one in placed])
-        _write(self.scale, at, [one.steering.scale_at(one.tap) for one in placed])
-        _write(self.pattern, at, [one.number + 1 for one in placed])  # not _NO_PATTERN
+        masks = _masks(steerings, prompt_length, self.capacity)
+        edits = list(_tap_edits(steerings, masks, self.config.n_layers))
+        row_of = self._put_vectors(slot, edits)
+        first_mask = 1 + slot * self.shape.n_masks  # after _NO_MASK
+        self.masks[first_mask : first_mask + len(masks)] = masks.to(self.masks.device)
+        sites = [self._site_index[edit.tap.canonical, edit.pass_index] for edit in edits]
+        self._live[slot].clear()
+        self._live[slot].update(sites)
+        at = (torch.tensor(sites, dtype=torch.int64), torch.tensor([e.alternative for e in edits]))
+        _write(self.row[..., slot], at, [row_of[edit.content] for edit in edits])
+        _write(self.scale[..., slot], at, [edit.steering.scale_at(edit.tap) for edit in edits])
+        _write(self.mask[..., slot], at, [first_mask + edit.number for edit in edits])
+
+    def _put_vectors(
+        self, slot: int, edits: Sequence[_TapEdit]
+    ) -> dict[tuple[int, Tap | None, str], int]:
+        """Fill the slot's rows of `vectors` and `modes`; the row of each content."""
+        row_of: dict[tuple[int, Tap | None, str], int] = {}
+        for edit in edits:
+            if edit.content not in row_of:
+                row = row_of[edit.content] = slot * self.shape.n_vectors + len(row_of)
+                self.vectors[row] = edit.steering.vector_at(edit.tap).to(self.vectors)
+                self.modes[row] = MODES.index(edit.steering.mode)
+        return row_of
 
     def at(self, positions: Tensor) -> TapEdits:
         """The edits of rows at absolute positions [B, T], with nothing read on the host."""
+        sites = range(len(self.sites)) if self.every_site else sorted(set().union(*self._live))
+        if not sites:
+            return NO_EDITS
+        chosen = slice(None) if self.every_site else list(sites)
+        row, scale, mask = (table[chosen] for table in (self.row, self.scale, self.mask))
         where = positions.clamp(max=self.capacity - 1)
-        batch_at = where[None, None].expand(*self.pattern.shape, -1)  # [Z, S, B, T]
-        applies = self.masks[self.pattern[..., None], batch_at]
-        # at most one slot applies
-        index = torch.where(applies, self.row[..., None], -1).amax(1).flatten(1)  # [Z, B * T]
-        scale = torch.where(applies, self.scale[..., None], 0).sum(1).flatten(1)
-        by_place: dict[Tap, tuple[Edits, ...]] = {}
-        for site, (place, _) in enumerate(self.sites):  # the levels of a place are in order
-            edits = Edits(self.vectors, self.modes, index[site], scale[site])
-            by_place[place] = (*by_place.get(place, ()), edits)
-        return TapEdits(by_place)
+        applies = self.masks[mask[..., None], where.expand(*mask.shape, -1)]  # [Z, A, B, T]
+        # at most one alternative applies
+        index = torch.where(applies, row[..., None], -1).amax(1).flatten(1)  # [Z, B * T]
+        scale = torch.where(applies, scale[..., None], 0).sum(1).flatten(1)
+        by_tap: dict[Tap, tuple[Edits, ...]] = {}
+        for at, site in enumerate(sites):  # the passes of a tap are in order
+            tap, _ = self.sites[site]
+            edits = Edits(self.vectors, self.modes, index[at], scale[at])
+            by_tap[tap] = (*by_tap.get(tap, ()), edits)
+        return TapEdits(by_tap)
 
 
-def _write(table: Tensor, at: Sequence[Tensor], values: Sequence[float]) -> None:
-    """Set the table to zero but for `values` at the indices `at`, in one copy to its device."""
+def _write(table: Tensor, at: tuple[Tensor, Tensor], values: Sequence[float]) -> None:
+    """Set a slot's table [Z, A] to zero but for `values` at the indices, in one copy."""
     at_host = torch.zeros(table.shape, dtype=table.dtype)
-    at_host[tuple(at)] = torch.tensor(values, dtype=table.dtype)
+    if values:
+        at_host[at] = torch.tensor(values, dtype=table.dtype)
     table.copy_(at_host)

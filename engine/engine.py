@@ -1,148 +1,152 @@
-"""Decode steps over one cache, captured as CUDA graphs where they run on the kernels.
+"""Runs requests on a model, as many at once as fit, in steps that are captured where they can be.
 
-A step is captured once for each batch bucket and shape (`StepShape`). Vectors, scales, positions,
-targets, seeds and stop ids lie in the step's buffers, so changing them captures nothing anew.
+A step is captured once for each batch and shape (`StepShape`). Vectors, scales, positions, targets,
+seeds and stop ids lie in the step's buffers, so changing them captures nothing anew.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import use_triton
-from ..kernels.head_stats import MOST_K
 from ..model.transformer import Transformer
-from .cuda_graph import CaptureFailed, captured
-from .limits import batch_bucket, cache_capacity
+from .edit_table import TableShape
+from .fit import Target, largest_batch
+from .lens_plan import LensPlan
+from .limits import PREFILL_CHUNK, batch_bucket, cache_capacity
+from .loop import Loop
+from .request import Generation, OnProgress, OnToken, Request
+from .runner import StepRunner
 from .step import DecodeStep, StepShape
 
-WARM_UP_RUNS = 2
+# (request, newly read positions, their targets, packed rows [T, P, width])
+OnRows = Callable[[Generation, list[int], list[int], Tensor], None]
 
 
-class Engine:
-    """The cache of a batch and its steps. `model.engine` is the last one used."""
+class StepCache:
+    """The keys and values of a batch, and the steps over them by shape."""
 
     def __init__(self, model: Transformer, batch: int, capacity: int, *, capture: bool) -> None:
         self.model, self.capture = model, capture
         self.cache = model.new_cache(batch, capacity)
-        self.steps: dict[StepShape, EngineStep] = {}
+        self.steps: dict[StepShape, StepRunner] = {}
 
-    @classmethod
-    def of(cls, model: Transformer, n_requests: int, n_tokens: int, capture: bool) -> Engine:
-        """One that holds so many requests of so many tokens: the last one if it does."""
-        batch = batch_bucket(n_requests, model.device.type)
-        last = model.engine
-        if isinstance(last, Engine) and last.fits(model, batch, n_tokens, capture):
-            return last
-        model.engine = None  # its memory goes before new memory is taken
-        capacity = cache_capacity(n_tokens, model.config.context, model.device.type)
-        engine = cls(model, batch, capacity, capture=capture)
-        if model.device.type == "cuda":  # elsewhere nothing is captured that were worth keeping
-            model.engine = engine
-        return engine
-
-    def fits(self, model: Transformer, batch: int, n_tokens: int, capture: bool) -> bool:
+    def fits(self, batch: int, n_tokens: int, capture: bool) -> bool:
+        """Whether it serves so many requests of so many tokens."""
         keys = self.cache.keys
         return (
-            (keys.shape[1], keys.dtype, keys.device) == (batch, model.dtype, model.device)
+            (self.cache.batch, keys.dtype, keys.device)
+            == (batch, self.model.dtype, self.model.device)
             and self.cache.capacity >= n_tokens
             and self.capture == capture
         )
 
-    def step(self, shape: StepShape) -> EngineStep:
-        """One that does what this shape asks for, made when it is asked for first.
+    def step(self, shape: StepShape) -> StepRunner:
+        """The step that does what this shape asks for, made when it is asked for first.
 
         A step that can edit more will do: with its tables empty it edits nothing.
         """
-        for known, step in self.steps.items():
+        for known, runner in self.steps.items():
             if known.covers(shape):
-                return step
-        self.steps[shape] = EngineStep(DecodeStep(self.model, self.cache, shape), self.capture)
+                return runner
+        is_captured = self.capture and self.model.device.type != "cpu"
+        step = DecodeStep(self.model, self.cache, shape, captured=is_captured)
+        self.steps[shape] = StepRunner(step, self.capture)
         return self.steps[shape]
 
 
-class EngineStep:
-    """A step that is replayed where it could be captured, and run eagerly elsewhere."""
+class Engine:
+    """Runs requests on one model; on CUDA it keeps its memory and its graphs between calls."""
 
-    def __init__(self, step: DecodeStep, capture: bool) -> None:
-        self.step = step
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self._capturable = capture and is_capturable(step)
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.kept: StepCache | None = None
 
-    def prepare(self) -> None:
-        """Capture the step, if it can be and was not. What its buffers held is lost.
+    @torch.inference_mode()
+    def run(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_batch: int | None = None,
+        on_token: OnToken | None = None,
+        on_rows: OnRows | None = None,
+        on_progress: OnProgress | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        capture: bool = True,
+    ) -> list[Generation]:
+        """Continue each request; what has become of them, in their order.
 
-        A step that can run, but not be captured, stays eager from then on, with one warning.
+        max_batch: most requests that run at once, default as many as fit the memory; the others
+        wait for a slot. on_rows: gets what lenses read, which is then not kept. Every rank runs the
+        same loop and gets the same tokens. The last token of a request is not fed back, so its lens
+        does not see that position. capture: whether steps are captured as CUDA graphs where they
+        can be. Raises ValueError for no request, a prompt that is empty, too long or of another
+        vocabulary, an edit or a lens that does not fit the model, a max_batch below 1, and logits
+        that are not finite.
         """
-        if not self._capturable or self.graph is not None:
-            return
+        generations = self._checked(requests, on_rows)
+        if max_batch is None:
+            max_batch = self._largest_batch(generations, capture)
+        if max_batch < 1:
+            raise ValueError(f"max_batch {max_batch} is below 1")
+        n_slots = min(len(generations), max_batch)
+        steps = self._steps(generations, n_slots, capture)
         try:
-            self._capture()
-        except CaptureFailed as failed:
-            self._capturable = False
-            warnings.warn(
-                f"the decode step cannot be captured as a CUDA graph ({failed}): it runs eagerly, "
-                "which is slower. Turn capture off (capture=False, --eager) to silence this.",
-                stacklevel=2,
-            )
+            runner = steps.step(self._shape(generations, steps))
+            if any(generation.max_new_tokens > 1 for generation in generations):
+                runner.prepare()
+            runner.step.reset()
+            Loop(runner, generations, n_slots, prefill_chunk, on_token, on_progress).run()
+        except BaseException:
+            self.kept = None  # what is in its memory may not be finite
+            raise
+        return generations
 
-    def run(self) -> None:
-        if self.graph is None:
-            self.step.run()
-            return
-        self.graph.replay()
-        self.step.model.parallel.traffic.add_all(self._traffic)
+    def _checked(self, requests: Sequence[Request], on_rows: OnRows | None) -> list[Generation]:
+        if not requests:
+            raise ValueError("there is no prompt")
+        config = self.model.config
+        generations = []
+        for number, request in enumerate(requests):
+            generation = Generation(number, request, config)
+            generation.check("the prompt" if len(requests) == 1 else f"prompt {number}")
+            if on_rows is not None and generation.record is not None:
+                generation.record.on_rows = partial(on_rows, generation)
+            generations.append(generation)
+        return generations
 
-    def _capture(self) -> None:
-        """Record one run. Collectives are recorded too, and so are counted at every replay."""
-        step, traffic = self.step, self.step.model.parallel.traffic
+    def _largest_batch(self, generations: Sequence[Generation], capture: bool) -> int:
+        model = self.model
+        target = Target(model.parallel, model.device, model.dtype)
+        requests = [generation.request for generation in generations]
+        return largest_batch(model.config, requests, target, capture=capture)
 
-        def warm_up() -> None:
-            for _ in range(WARM_UP_RUNS):  # compiles, and tunes at the cache's full length
-                self._as_if_full()
-                step.run()
-            self._as_if_full()
+    def _steps(self, generations: Sequence[Generation], n_slots: int, capture: bool) -> StepCache:
+        """Memory for the longest request in every slot: that of the last call if it does."""
+        device_type = self.model.device.type
+        batch = batch_bucket(n_slots, device_type)
+        n_tokens = max(len(g.prompt) + g.max_new_tokens for g in generations)
+        if self.kept is not None and self.kept.fits(batch, n_tokens, capture):
+            return self.kept
+        self.kept = None  # its memory goes before new memory is taken
+        capacity = cache_capacity(n_tokens, self.model.config.context, device_type)
+        steps = StepCache(self.model, batch, capacity, capture=capture)
+        if device_type == "cuda":  # elsewhere nothing is captured that is worth keeping
+            self.kept = steps
+        return steps
 
-        def run() -> None:
-            before = traffic.copy()
-            try:
-                step.run()
-            finally:  # nothing is sent yet
-                self._traffic = traffic.since(before)
-                traffic.reset()
-                traffic.add_all(before)
-
-        self.graph = captured(step.tokens.device, warm_up, run)
-
-    def _as_if_full(self) -> None:
-        """Positions at the cache's end: a captured step serves every length up to it."""
-        cache = self.step.cache
-        cache.longest = cache.capacity - 1
-        cache.lengths.fill_(cache.capacity - 1)
-        self.step.active.zero_()
-
-
-def is_capturable(step: DecodeStep) -> bool:
-    """The references of some kernels wait for results on the host."""
-    return use_triton(step.tokens) and step.tokens.is_cuda and step.shape.k <= MOST_K
-
-
-class HostCopy:
-    """A device tensor on its way to the host; `wait` gives it once it is there."""
-
-    def __init__(self, source: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if not source.is_cuda:
-            self._target = source.clone()
-            return
-        self._target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-        self._target.copy_(source, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def wait(self) -> Tensor:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._target
+    def _shape(self, generations: Sequence[Generation], steps: StepCache) -> StepShape:
+        config = self.model.config
+        stepped = [g for g in generations if g.max_new_tokens]
+        lenses = [g.record.spec for g in stepped if g.record is not None and g.record.reads_steps]
+        edits = [(g.request.steering, len(g.prompt)) for g in generations]
+        return StepShape.of(
+            LensPlan.of(lenses, config) if lenses else None,
+            [generation.request.sampling for generation in generations],
+            TableShape.of(edits, steps.cache.capacity, config),
+            max(len(generation.stop_ids) for generation in generations),
+            config.vocab_size,
+        )

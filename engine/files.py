@@ -45,6 +45,29 @@ def require(module: str, extra: str, what: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write strict JSON, laid out as `json_text` does."""
     with replacing(path) as partial:
-        text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text(json_text(content) + "\n", encoding="utf-8")
+
+
+def json_text(value: Any, indent: str = "") -> str:
+    """JSON with a line per entry, but arrays of plain values on one line.
+
+    Raises ValueError for NaN and infinity, which JSON has no number for.
+    """
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        lines = [f"{_plain(str(name))}: {json_text(part, inner)}" for name, part in value.items()]
+        return _block("{}", lines, indent)
+    if isinstance(value, list | tuple) and any(isinstance(x, dict | list | tuple) for x in value):
+        return _block("[]", [json_text(part, inner) for part in value], indent)
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _block(brackets: str, lines: list[str], indent: str) -> str:
+    body = ",".join(f"\n{indent} {line}" for line in lines)
+    return f"{brackets[0]}{body}\n{indent}{brackets[1]}"

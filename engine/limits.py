@@ -5,6 +5,7 @@ CAPTURED_ROWS = 8192  # states that a chunk of the prompt may hand to a lens at 
 DECODED_POSITIONS = 64  # captured positions that share a reading of the head's weight
 RING_TOKENS = 64  # decode steps whose taps a deferred lens keeps before it decodes them
 ROW_SCALARS = 4  # numbers of a row's record beside k ids and k log-probs
+MOST_BATCH = 64  # requests at once: of more, a step gains little and takes long
 CAPACITY_STEP = 256  # of a cache that graphs hold on to, so that the next text fits it too
 
 

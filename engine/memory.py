@@ -1,7 +1,7 @@
 """What a rank's memory is taken by, phase by phase, in bytes: the numbers behind `plan`.
 
 Legend: B requests (padded to a bucket where a decode step is captured), S positions of context, T
-positions of a prefill chunk, N = B T rows of it, P states read by a lens at a position, R = 64 P
+positions of a prefill chunk, which is of one request, N = T rows of it, P states read by a lens at a position, R = 64 P
 rows that share a reading of the head, d hidden size, b bytes a number; H, K, f, V: heads, key and
 value heads, MLP width and vocabulary of this rank; D head size. Some tensors live all along; of
 the rest, those of one phase at a time: a prefill chunk, or a reading of the head.
@@ -16,6 +16,17 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ..kernels.blocks import (
+    HEAD_LEAST_ROWS,
+    HEAD_LOGITS,
+    HEAD_MOST_SHARES,
+    HEAD_PROGRAMS,
+    HEAD_ROW_BYTES,
+    HEAD_ROWS,
+    HEAD_TILE_BYTES,
+    HEAD_TILE_ROWS,
+    WIDENED_IDS,
+)
 from ..model.config import DTYPE_BYTES, ModelConfig
 from ..model.sharding import placements, rank_spans
 from .limits import (
@@ -30,15 +41,6 @@ from .limits import (
 
 DeviceType = Literal["cuda", "cpu"]
 
-# Of the head: rows and ids that it looks at together, see kernels/head_stats*.py.
-HEAD_ROWS = 512
-HEAD_LOGITS = 2**18
-WIDENED_IDS = 2048
-# On CUDA at most, see kernels/head_cut.py: programs and the tile of logits of each, of whose rows
-# there are more the more are asked for, and shares of the vocabulary that each row has winners of.
-HEAD_TILE_ROWS, HEAD_LEAST_ROWS = 128, 16
-HEAD_PROGRAMS, HEAD_MOST_SHARES = 296, 48
-HEAD_ROW_BYTES, HEAD_TILE_BYTES = 512, 32 * 1024
 LOGITS_COPIES = 2.5  # of a block's logits in the reference: themselves, a sum's copy, masks
 ATTENTION_BUFFER_BYTES = 2**17  # of PyTorch's attention on a CPU, on two threads
 MERGED_BYTES = 400  # of a row while the winners of all ranks are merged, in float64
@@ -136,20 +138,20 @@ def taps_bytes(share: Share, work: Workload) -> int:
 
 
 def chunk_tokens(work: Workload) -> int:
-    """T: fewer where a lens captures, so that the captured rows B T P stay few."""
-    most = CAPTURED_ROWS // (work.batch * work.taps) if work.taps else PREFILL_CHUNK
+    """T: fewer where a lens captures, so that the captured rows T P stay few."""
+    most = CAPTURED_ROWS // work.taps if work.taps else PREFILL_CHUNK
     return max(1, min(most, PREFILL_CHUNK, work.prompt))
 
 
 def captured_bytes(share: Share, work: Workload) -> int:
     """A chunk's states [N P, d] on their way to the lens."""
     positions = chunk_tokens(work) if work.reads_prompt else 1
-    return work.batch * positions * work.taps * share.d * work.dtype_bytes
+    return positions * work.taps * share.d * work.dtype_bytes
 
 
 def reading_bytes(share: Share, work: Workload, ranks: int) -> int:
     """The larger of a prompt's reading by the lens and a decode step's own."""
-    positions = work.batch * chunk_tokens(work) if work.reads_prompt else 0
+    positions = chunk_tokens(work) if work.reads_prompt else 0
     prompt_rows = min(DECODED_POSITIONS, positions) * work.taps
     ring_rows = DECODED_POSITIONS * work.taps if work.deferred else 0
     return rows_reading_bytes(share, work, max(prompt_rows, ring_rows, work.head_rows), ranks)
@@ -199,7 +201,7 @@ def head_bytes(share: Share, work: Workload, rows: int, ranks: int) -> int:
 
 def prefill_bytes(share: Share, work: Workload) -> int:
     """The larger of a block's two halves."""
-    rows = work.batch * chunk_tokens(work)
+    rows = chunk_tokens(work)
     return max(attention_bytes(share, work), mlp_bytes(share, work, rows))
 
 
@@ -215,7 +217,7 @@ def attention_bytes(share: Share, work: Workload) -> int:
     needs a mask, which positions are seen [T, S], as bool and as numbers.
     """
     chunk = chunk_tokens(work)
-    rows, span = work.batch * chunk, max(chunk, work.prompt // chunk * chunk)
+    rows, span = chunk, max(chunk, work.prompt // chunk * chunk)
     states = rows * (4 * share.d + 4 * share.q_width + 2 * share.kv_width) * work.dtype_bytes
     if work.device_type == "cuda":
         return states + 4 * rows * share.heads

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.gumbel import gumbel_reference
-from ..kernels.head_stats_reference import Noise
-from ..parallel.head_reduce import Winners, mass_above, reduce_head
+from ..kernels.head_types import Noise
+from ..parallel.head_reduce import HeadResult, SampleResult, mass_above, reduce_head
 from ..parallel.vocab import VocabHead
 
-# Winners looked at before a nucleus is taken to be wider than them.
-NUCLEUS_WINNERS = 64
+# Candidates looked at before a nucleus is taken to be wider than them, and keys tried after that.
+NUCLEUS_CANDIDATES = 64
 NUCLEUS_TRIES = 8
 
 
@@ -30,11 +30,11 @@ NUCLEUS_TRIES = 8
 class Sampling:
     """How a token is drawn. The default is greedy: the id with the largest logit.
 
-    temperature > 0 samples softmax(z / temperature), exactly, from one Gumbel winner per rank.
-    top_k > 0 allows the k best ids (ties: lower id), exactly: the global k winners are exchanged.
+    temperature > 0 samples softmax(z / temperature), exactly: the best Gumbel keys are exchanged.
+    top_k > 0 allows the k best ids (ties: lower id), exactly: the global top-k is exchanged.
     top_p < 1 allows the fewest best ids whose probability reaches top_p (after top_k, if given),
-    exactly: if the global winners at hand do not reach top_p, ids are taken in the order of their
-    Gumbel keys, and the first whose superiors hold less than top_p in all is the draw.
+    exactly: if the candidates at hand do not reach top_p, ids are taken in the order of their
+    Gumbel keys, and the draw is the first whose higher-probability ids hold less than top_p.
 
     Raises ValueError for values outside their range.
     """
@@ -62,93 +62,93 @@ class Sampling:
         return 1 if self.temperature == 0 else self.top_k
 
     @property
-    def winners_needed(self) -> int:
-        return self.limit or (NUCLEUS_WINNERS if self.top_p < 1 else 1)
+    def candidates_needed(self) -> int:
+        """How many of the best ids a draw looks at."""
+        return self.limit or (NUCLEUS_CANDIDATES if self.top_p < 1 else 1)
+
+
+GREEDY = Sampling()
 
 
 class SamplingTable:
-    """How each of B requests draws, in device memory; a captured step follows its changes."""
+    """How each of B requests draws, in device memory; a captured step follows its changes.
+
+    A slot that nothing was put into is greedy.
+    """
 
     def __init__(self, batch: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
-        self.scale = torch.ones(batch, dtype=torch.float32, device=device)
+        self.scale = torch.ones(batch, dtype=torch.float32, device=device)  # 1 / temperature
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.limit = torch.ones(batch, dtype=torch.int64, device=device)
+        self.limit = torch.ones(batch, dtype=torch.int64, device=device)  # of the best ids
         self.top_p = torch.ones(batch, dtype=torch.float64, device=device)
 
-    @classmethod
-    def of(
-        cls, samplings: Sequence[Sampling], vocab_size: int, device: torch.device
-    ) -> SamplingTable:
-        table = cls(len(samplings), vocab_size, device)
-        table.fill(samplings)
-        return table
-
-    def fill(self, samplings: Sequence[Sampling]) -> None:
-        """Set the first requests; the rest keep what they had."""
-        values = {
-            "scale": [1 / (s.temperature or 1.0) for s in samplings],
-            "seed": [s.seed for s in samplings],
-            "limit": [s.limit or self.vocab_size for s in samplings],
-            "top_p": [s.top_p for s in samplings],
-        }
-        for name, column in values.items():
-            own: Tensor = getattr(self, name)
-            own[: len(samplings)] = torch.tensor(column, dtype=own.dtype, device=own.device)
+    def put(self, slot: int, sampling: Sampling) -> None:
+        """Set how the request in one slot draws."""
+        self.scale[slot] = 1 / (sampling.temperature or 1.0)
+        self.seed[slot] = sampling.seed
+        self.limit[slot] = sampling.limit or self.vocab_size
+        self.top_p[slot] = sampling.top_p
 
 
-def winners_needed(samplings: Sequence[Sampling], vocab_size: int) -> int:
-    """How many global winners a batch's draws look at."""
-    return min(vocab_size, max(s.winners_needed for s in samplings))
+def candidates_needed(samplings: Sequence[Sampling], vocab_size: int) -> int:
+    """How many of the global top-k a batch's draws look at."""
+    return min(vocab_size, max(s.candidates_needed for s in samplings))
 
 
-def draw(winners: Winners, table: SamplingTable, step: Tensor) -> tuple[Tensor, Tensor]:
-    """(token [B], whether it is not known yet [B]) from the winners of B rows, nothing on the host.
+def draw(
+    chosen: HeadResult, samples: SampleResult, table: SamplingTable, step: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(token [B], whether it is not known yet [B]) from statistics of B rows, nothing on the host.
 
-    The rows' logits are scaled by table.scale; their Gumbel winners were keyed by table.seed and
+    The rows' logits are scaled by table.scale; their samples were keyed by table.seed and
     step [B], the number of tokens drawn before. A token is not known where a nucleus is wider
-    than the winners at hand: `draw_wide` finds it.
+    than the candidates at hand: `draw_wide` finds it.
     """
-    k = winners.token_ids.shape[1]
+    k = chosen.token_ids.shape[1]
     limit, top_p = table.limit[:, None], table.top_p[:, None]
-    place = torch.arange(k, device=limit.device)
-    mass = winners.logprobs.double().exp() * (place < limit)  # [B, k]
+    rank = torch.arange(k, device=limit.device)
+    mass = chosen.logprobs.double().exp() * (rank < limit)  # [B, k]
     mass = torch.where(limit < table.vocab_size, mass / mass.sum(-1, keepdim=True), mass)
     nucleus = (mass.cumsum(-1) - mass < top_p) | (top_p == 1)
-    keys = winners.logits + gumbel_reference(table.seed[:, None], step[:, None], winners.token_ids)
-    best = keys.masked_fill(~(nucleus & (place < limit)), -torch.inf).argmax(-1, keepdim=True)
-    tokens = winners.token_ids.gather(1, best)[:, 0]
+    keys = chosen.logits + gumbel_reference(table.seed[:, None], step[:, None], chosen.token_ids)
+    best = keys.masked_fill(~(nucleus & (rank < limit)), -torch.inf).argmax(-1, keepdim=True)
+    tokens = chosen.token_ids.gather(1, best)[:, 0]
     unlimited = table.limit == table.vocab_size
     plain = unlimited & (table.top_p == 1)
-    tokens = torch.where(plain, winners.key_ids[:, 0], tokens)
+    tokens = torch.where(plain, samples.token_ids[:, 0], tokens)
     is_wide = unlimited & ~plain & (mass.sum(-1) < table.top_p)
     return tokens, is_wide if k < table.vocab_size else torch.zeros_like(is_wide)
 
 
 def draw_wide(
-    x: Tensor, head: VocabHead, table: SamplingTable, step: Tensor, rows: Tensor
+    x: Tensor, head: VocabHead, table: SamplingTable, step: Tensor, slots: Tensor
 ) -> Tensor:
-    """Tokens of normed rows x [B, d] whose nucleus is wider than the winners; waits for results.
+    """Tokens [B] of normed rows x [B, d] whose nucleus is wider than the candidates at hand.
 
-    rows [B] int64: the requests of `table` that the rows belong to; step [B].
+    slots [B] int64: the rows' slots in `table`; step [B]. The host waits for results.
 
     An id lies in the nucleus if the ids that beat it hold less than top_p. Among those that do,
     the largest Gumbel key decides; so the first id in the order of keys that lies in it is the
     draw. The likeliest id always lies in it, so the search ends.
     """
-    top_p, scale, seed = table.top_p[rows][:, None], table.scale[rows], table.seed[rows]
-    tokens = rows.clone()
-    pending = torch.arange(rows.shape[0], device=x.device)
+    top_p, scale, seed = table.top_p[slots][:, None], table.scale[slots], table.seed[slots]
+    tokens = slots.clone()
+    pending = torch.arange(slots.shape[0], device=x.device)
     n_best = NUCLEUS_TRIES
     while pending.numel():
         n_best = min(n_best, head.vocab.full)
-        tries = Noise(seed[pending], step[pending], n_best)
-        tried = reduce_head(x[pending], head, k=1, scale=scale[pending], noise=tries)
-        mass = mass_above(x[pending], head, scale=scale[pending], than=tried)
+        noise = Noise(seed[pending], step[pending], n_best)
+        found = reduce_head(x[pending], head, k=1, scale=scale[pending], noise=noise)
+        tried = found.samples
+        assert tried is not None
+        mass = mass_above(
+            x[pending], head, scale=scale[pending], candidates=tried, logsumexp=found.logsumexp
+        )
         inside = mass < top_p[pending]  # [B, n]
         first = inside.int().argmax(-1, keepdim=True)
-        found = inside.any(-1) | (n_best == head.vocab.full)
-        tokens[pending[found]] = tried.key_ids.gather(1, first)[found, 0]
-        pending = pending[~found]
+        is_found = inside.any(-1) | (n_best == head.vocab.full)
+        tokens[pending[is_found]] = tried.token_ids.gather(1, first)[is_found, 0]
+        pending = pending[~is_found]
         n_best *= 8
     return tokens

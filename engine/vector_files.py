@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,42 +21,49 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..model.config import ModelConfig
 from ..model.points import POINTS, Tap
 from .files import replacing, require
-from .vectors import Origin, SteeringVectors, tap_name
+from .tap_names import tap_name
+from .vector_fields import Origin, VectorFields
 
 FORMAT = "shardlens steering vectors"
 VERSION = 1
 ARCHITECTURE = "controlvector"
 OURS = "shardlens."  # starts the names of what other readers of a gguf file do not ask for
-# What gguf's reader raises where a file ends early or holds numbers that mean nothing.
+# gguf's reader raises these where a file ends early or holds numbers that mean nothing.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError)
 
 
 class Format(NamedTuple):
-    write: Callable[[SteeringVectors, Path], None]
-    read: Callable[[Path, ModelConfig | None], SteeringVectors]
+    write: Callable[[VectorFields, Path], None]
+    read: Callable[[Path, int | None], VectorFields]
 
 
-def save_vectors(vectors: SteeringVectors, path: Path) -> None:
+def write_fields(fields: VectorFields, path: Path) -> None:
     """Write in the format that the ending of `path` names, or nothing. Raises ValueError."""
-    check_format(path, vectors.taps)
-    _format(path).write(vectors, path)
+    check_format(path, fields.vectors)
+    _format(path).write(fields, path)
 
 
-def load_vectors(path: Path, config: ModelConfig | None = None) -> SteeringVectors:
-    """Read vectors, checked against `config` if given. Raises ValueError naming the file."""
+def read_fields(path: Path, n_layers: int | None = None) -> VectorFields:
+    """The content of a file. Raises ValueError naming the file if it is broken.
+
+    n_layers: the model's depth, for files of other tools, which do not say it.
+    """
     check_format(path)
+    with naming_file(path):
+        return _format(path).read(path, n_layers)
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Errors of the block as ValueErrors that begin with the file's name."""
     try:
-        vectors = _format(path).read(path, config)
-        if config is not None:
-            vectors.check(config)
+        yield
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return vectors
 
 
 def check_format(path: Path, taps: Iterable[Tap] = ()) -> None:
@@ -74,21 +82,21 @@ def _format(path: Path) -> Format:
     return _FORMATS[path.suffix]
 
 
-def _write_safetensors(vectors: SteeringVectors, path: Path) -> None:
-    tensors = {f"{tap.point}.{tap.layer}": vector for tap, vector in vectors.vectors.items()}
+def _write_safetensors(fields: VectorFields, path: Path) -> None:
+    tensors = {f"{tap.point}.{tap.layer}": vector for tap, vector in fields.vectors.items()}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "n_layers": str(vectors.n_layers),
-        "resid_norms": _norms_text(vectors.resid_norms),
-        "origin": _origin_text(vectors.origin),
+        "n_layers": str(fields.n_layers),
+        "resid_norms": _norms_text(fields.resid_norms),
+        "origin": _origin_text(fields.origin),
     }
     with replacing(path) as partial:
         # not save_file, whose file nobody else may read
         partial.write_bytes(save(tensors, metadata))
 
 
-def _read_safetensors(path: Path, _: ModelConfig | None) -> SteeringVectors:
+def _read_safetensors(path: Path, _: int | None) -> VectorFields:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -102,7 +110,7 @@ def _read_safetensors(path: Path, _: ModelConfig | None) -> SteeringVectors:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise ValueError(f"tensor {name} is {tensor.dtype}, not torch.float32")
-    return SteeringVectors(
+    return VectorFields(
         {_parse_tap(name): tensor for name, tensor in tensors.items()},
         texts.norms(),
         texts.whole_number("n_layers"),
@@ -110,21 +118,21 @@ def _read_safetensors(path: Path, _: ModelConfig | None) -> SteeringVectors:
     )
 
 
-def _write_gguf(vectors: SteeringVectors, path: Path) -> None:
+def _write_gguf(fields: VectorFields, path: Path) -> None:
     from gguf import GGUFWriter
 
-    blocks = {_block_of(tap): vector for tap, vector in vectors.vectors.items()}
-    norms = {Tap(_block_of(tap), "resid_post"): norm for tap, norm in vectors.resid_norms.items()}
+    blocks = {_block_of(tap): vector for tap, vector in fields.vectors.items()}
+    norms = {Tap(_block_of(tap), "resid_post"): norm for tap, norm in fields.resid_norms.items()}
     with replacing(path) as partial:
         writer = GGUFWriter(partial, ARCHITECTURE)
         try:
             # A writer leaves out empty strings, and repeng refuses a file without a hint.
-            writer.add_string(f"{ARCHITECTURE}.model_hint", vectors.origin.model or "unknown")
+            writer.add_string(f"{ARCHITECTURE}.model_hint", fields.origin.model or "unknown")
             writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(blocks))  # as repeng counts
             writer.add_string(f"{OURS}version", str(VERSION))
-            writer.add_string(f"{OURS}n_layers", str(vectors.n_layers))
+            writer.add_string(f"{OURS}n_layers", str(fields.n_layers))
             writer.add_string(f"{OURS}resid_norms", _norms_text(norms))
-            writer.add_string(f"{OURS}origin", _origin_text(vectors.origin))
+            writer.add_string(f"{OURS}origin", _origin_text(fields.origin))
             for block, vector in blocks.items():
                 writer.add_tensor(f"direction.{block}", vector.numpy())
             writer.write_header_to_file()
@@ -136,13 +144,13 @@ def _write_gguf(vectors: SteeringVectors, path: Path) -> None:
 
 def _block_of(tap: Tap) -> int:
     """K of the `direction.K` that is added where `tap` is. Raises ValueError if there is none."""
-    place = tap.canonical
-    if place.point != "resid_pre":
+    canonical = tap.canonical
+    if canonical.point != "resid_pre":
         raise ValueError(
             f"gguf holds vectors for the output of blocks (resid_post), not {tap_name(tap)}: "
             "save as .safetensors"
         )
-    block = place.layer - 1
+    block = canonical.layer - 1
     if block < 1:
         what = "the embedding" if block < 0 else "the output of layer 0"
         raise ValueError(
@@ -152,7 +160,7 @@ def _block_of(tap: Tap) -> int:
     return block
 
 
-def _read_gguf(path: Path, config: ModelConfig | None) -> SteeringVectors:
+def _read_gguf(path: Path, n_layers: int | None) -> VectorFields:
     from gguf import GGMLQuantizationType, GGUFReader
 
     try:
@@ -176,10 +184,10 @@ def _read_gguf(path: Path, config: ModelConfig | None) -> SteeringVectors:
         vectors[Tap(int(match[1]), "resid_post")] = torch.from_numpy(held.data.astype("=f4"))
     texts = _Texts({name.removeprefix(OURS): fields[name] for name in fields if OURS in name})
     if not texts:  # of another tool
-        n_layers = config.n_layers if config is not None else _least_depth(vectors, fields)
-        return SteeringVectors(vectors, {}, n_layers, Origin(method="gguf"))
+        depth = _least_depth(vectors, fields) if n_layers is None else n_layers
+        return VectorFields(vectors, {}, depth, Origin(method="gguf"))
     texts.check_version()
-    return SteeringVectors(vectors, texts.norms(), texts.whole_number("n_layers"), texts.origin())
+    return VectorFields(vectors, texts.norms(), texts.whole_number("n_layers"), texts.origin())
 
 
 def _least_depth(vectors: Iterable[Tap], fields: dict[str, Any]) -> int:

@@ -1,11 +1,8 @@
-"""Steering vectors by place: checked, looked up, combined, compared, and controls for them."""
+"""Steering vectors by tap: checked, looked up, combined, compared, and controls for them."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,80 +13,56 @@ import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig
-from ..model.points import POINTS, Layers, Tap, check_point, parse_layers
-
-METHODS = ("mean_diff", "pca", "logistic")
-
-# Less than this share of a vector's norm is what rounding to float32 leaves, not a direction.
-LEAST_SHARE = 1e-6
-
-# What of a config decides which function the weights are: a fingerprint depends on these.
-SIZES = tuple("architecture vocab_size d n_layers n_heads n_kv_heads head_dim ffn_size".split())
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where vectors come from. Strings and numbers only, so that it can be written as JSON."""
-
-    model: str = ""  # its fingerprint; of two models, both with a + between
-    method: str = ""  # one of METHODS, or what made them: "gguf", "sum", "random", ...
-    positions: str = ""  # whose states they were made from: "label", "last", "mean"
-    n_pairs: int = 0
-    pair_keys: tuple[str, ...] = ()  # 16 hex digits each, of the pairs they were made from
-
-    def joined(self, other: Origin, method: str) -> Origin:
-        """Of what is made from both: it has seen the pairs of either."""
-        keys = tuple(dict.fromkeys((*self.pair_keys, *other.pair_keys)))
-        models = dict.fromkeys(part for part in (self.model, other.model) if part)
-        return Origin(
-            model="+".join(models),
-            method=method,
-            positions=self.positions,
-            n_pairs=len(keys) or self.n_pairs + other.n_pairs,
-            pair_keys=keys,
-        )
+from ..model.points import POINTS, Layers, Tap, parse_layers
+from .tap_names import listed, tap_name, tap_order
+from .vector_checks import check_direction, check_unit, check_width
+from .vector_fields import UNKNOWN_ORIGIN, Origin, VectorFields
+from .vector_files import naming_file, read_fields, write_fields
 
 
 @dataclass(eq=False)
 class SteeringVectors:
-    """One vector a tap, all of the same width d, for a model of `n_layers` blocks.
+    """A vector for each of some taps, all of the same width d, for a model of `n_layers` blocks.
 
     vectors: [d] each; they are copied, to float32 on the CPU. resid_norms: mean L2 norm of the
     states at that tap when the vectors were made, for scales in units of it; taps may be missing.
-    A tap is found by its place: Tap(3, "resid_pre") finds what was put at Tap(2, "resid_post").
+    The two names of a state find one vector: Tap(3, "resid_pre") is Tap(2, "resid_post").
 
     Raises ValueError for no vectors, for vectors that are not flat, of one width, finite and
-    other than zero, for taps that do not exist in such a model, and for two vectors at one place.
+    other than zero, for taps that do not exist in such a model, and for two vectors for one tap.
     """
 
     vectors: dict[Tap, Tensor]
     resid_norms: dict[Tap, float]
     n_layers: int
-    origin: Origin = Origin()
+    origin: Origin = UNKNOWN_ORIGIN
 
     def __post_init__(self) -> None:
         if not self.vectors:
             raise ValueError("there are no steering vectors")
         given = {Tap(*tap): vector for tap, vector in self.vectors.items()}
-        taps = sorted(given, key=lambda tap: _order(tap, self.n_layers))
-        self.vectors = {tap: _own_copy(given[tap]) for tap in taps}
-        self._own_names = {tap.canonical: tap for tap in self.vectors}
-        if len(self._own_names) < len(self.vectors):
-            twice = next(tap for tap in self.vectors if self._own_names[tap.canonical] != tap)
-            raise ValueError(f"two vectors stand at one place, {tap_name(twice)}")
+        taps = sorted(given, key=lambda tap: tap_order(tap, self.n_layers))
+        self.vectors = {tap: _copy(given[tap]) for tap in taps}
+        self._by_canonical = {tap.canonical: tap for tap in self.vectors}
+        if len(self._by_canonical) < len(self.vectors):
+            twice = next(t for t in self.vectors if self._by_canonical[t.canonical] != t)
+            raise ValueError(f"there are two vectors for one tap, {tap_name(twice)}")
         for tap, vector in self.vectors.items():
-            _check_vector(tap, vector, self.d)
+            name = f"the steering vector at {tap_name(tap)}"
+            if vector.ndim == 1 and vector.numel() != self.d:
+                raise ValueError(f"{name} has {vector.numel()} numbers, the first one {self.d}")
+            check_direction(vector, name)
         self.resid_norms = self._checked_norms()
 
     def _checked_norms(self) -> dict[Tap, float]:
         norms = {}
         for tap, norm in self.resid_norms.items():
-            own = self._own_names.get(Tap(*tap).canonical)
-            if own is None:
+            held = self._by_canonical.get(Tap(*tap).canonical)
+            if held is None:
                 raise ValueError(f"a norm of the states is given at {tap_name(tap)}, but no vector")
             if not (math.isfinite(norm) and norm > 0):
                 raise ValueError(f"the norm of the states at {tap_name(tap)} is {norm}")
-            norms[own] = float(norm)
+            norms[held] = float(norm)
         return {tap: norms[tap] for tap in self.vectors if tap in norms}
 
     @property
@@ -98,25 +71,32 @@ class SteeringVectors:
         return tuple(self.vectors)
 
     @property
+    def points(self) -> list[str]:
+        """The points that have a vector, in the order of POINTS."""
+        held = {tap.point for tap in self.vectors}
+        return [point for point in POINTS if point in held]
+
+    @property
     def d(self) -> int:
+        """Width of the vectors."""
         return next(iter(self.vectors.values())).numel()
 
     def _find(self, tap: Tap) -> Tap:
-        own = self._own_names.get(Tap(*tap).canonical)
-        if own is None:
+        held = self._by_canonical.get(Tap(*tap).canonical)
+        if held is None:
             raise ValueError(f"no vector at {tap_name(tap)}: there are {listed(self.taps)}")
-        return own
+        return held
 
     def at(self, tap: Tap) -> Tensor:
         """[d] float32. Raises ValueError where there is no vector, saying where there are."""
         return self.vectors[self._find(tap)]
 
     def norm(self, tap: Tap) -> float:
-        """L2 norm of the vector."""
+        """L2 norm of the vector at a tap."""
         return float(self.at(tap).double().norm())
 
     def resid_norm(self, tap: Tap) -> float:
-        """Mean L2 norm of the model's states there. Raises ValueError where it is not known."""
+        """Mean L2 norm of the model's states at a tap. Raises ValueError where it is not known."""
         norm = self.resid_norms.get(self._find(tap))
         if norm is None:
             raise ValueError(
@@ -125,12 +105,18 @@ class SteeringVectors:
             )
         return norm
 
+    def unit_scale(self, tap: Tap, unit: str) -> float:
+        """The factor that makes the vector at a tap as long as one `unit` (one of UNITS) there.
+
+        "vector": 1. "resid_norm": the mean norm of the states over that of the vector. Raises
+        ValueError where that is not known, and for another unit.
+        """
+        check_unit(unit)
+        return 1.0 if unit == "vector" else self.resid_norm(tap) / self.norm(tap)
+
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError for a model of another width or depth."""
-        if self.d != config.d:
-            raise ValueError(
-                f"the steering vectors have {self.d} numbers, the states of this model {config.d}"
-            )
+        check_width("the steering vectors have", self.d, config)
         if self.n_layers != config.n_layers:
             raise ValueError(
                 f"the steering vectors are for a model of {self.n_layers} layers, "
@@ -144,6 +130,42 @@ class SteeringVectors:
         return (
             f"the steering vectors were made on another model ({self.origin.model}; "
             f"this one is {model_fingerprint}): their effect may differ"
+        )
+
+    def taps_at(self, point: str, layers: Layers = "all") -> list[Tap]:
+        """The taps of some layers at a point, in order; "all" layers are those with a vector.
+
+        Raises ValueError for a layer, or a point, that has no vector.
+        """
+        held = [tap.layer for tap in self.taps if tap.point == point]
+        if not held:
+            raise ValueError(
+                f"the steering vectors have none at {point}: they have {', '.join(self.points)}"
+            )
+        wanted = held if layers == "all" else parse_layers(layers, self.n_layers)
+        missing = [layer for layer in wanted if layer not in held]
+        if missing:
+            raise ValueError(
+                f"the steering vectors have none at layer {missing[0]}, {point}: "
+                f"they have layers {', '.join(map(str, held))}"
+            )
+        return [Tap(layer, point) for layer in wanted]
+
+    def select(self, point: str | None = None, layers: Layers = "all") -> SteeringVectors:
+        """The vectors of some layers at one point, or at every point that has any.
+
+        Raises ValueError as `taps_at` does.
+        """
+        points = self.points if point is None else [point]
+        return self.restricted(tap for name in points for tap in self.taps_at(name, layers))
+
+    def restricted(self, taps: Iterable[Tap]) -> SteeringVectors:
+        """The vectors at `taps` alone. Raises ValueError for one that has no vector."""
+        kept = {self._find(tap) for tap in taps}
+        return dataclasses.replace(
+            self,
+            vectors={tap: vector for tap, vector in self.vectors.items() if tap in kept},
+            resid_norms={tap: norm for tap, norm in self.resid_norms.items() if tap in kept},
         )
 
     def scaled(self, factor: float) -> SteeringVectors:
@@ -161,7 +183,7 @@ class SteeringVectors:
         return self.scaled(-1)
 
     def __add__(self, other: SteeringVectors) -> SteeringVectors:
-        """Place by place. Raises ValueError naming the first that only one side has."""
+        """Tap by tap. Raises ValueError naming the first that only one side has."""
         if not isinstance(other, SteeringVectors):
             return NotImplemented
         return self._plus(other, 1, "sum")
@@ -172,30 +194,8 @@ class SteeringVectors:
         return self._plus(other, -1, "difference")
 
     def _plus(self, other: SteeringVectors, sign: int, method: str) -> SteeringVectors:
-        self._check_same_places(other)
-        return self._changed(method, lambda tap, own: own + sign * other.at(tap).double(), other)
-
-    def orthogonalized(self, against: SteeringVectors) -> SteeringVectors:
-        """Each vector without its component along that of `against` at the same place.
-
-        Raises ValueError where `against` has no vector, and where nothing is left.
-        """
-        self._check_same_model(against)
-
-        def rejected(tap: Tap, vector: Tensor) -> Tensor:
-            along = against.at(tap).double()
-            rest = vector - along * (vector @ along / (along @ along))
-            if rest.norm() <= LEAST_SHARE * vector.norm():
-                raise ValueError(
-                    f"nothing is left of the vector at {tap_name(tap)}: both point along one line"
-                )
-            return rest
-
-        return self._changed("orthogonalized", rejected, against)
-
-    def normalized(self) -> SteeringVectors:
-        """The same directions at unit length."""
-        return self._changed("normalized", lambda _, vector: vector / vector.norm())
+        self._check_same_taps(other)
+        return self._changed(method, lambda tap, v: v + sign * other.at(tap).double(), other)
 
     def random_like(self, seed: int) -> SteeringVectors:
         """A control: random directions, each of the norm of the vector that it stands for.
@@ -210,34 +210,11 @@ class SteeringVectors:
 
         return self._changed("random", drawn)
 
-    def restricted(self, taps: Iterable[Tap]) -> SteeringVectors:
-        """Those at `taps` alone. Raises ValueError for one that has no vector."""
-        kept = {self._find(tap) for tap in taps}
-        return dataclasses.replace(
-            self,
-            vectors={tap: vector for tap, vector in self.vectors.items() if tap in kept},
-            resid_norms={tap: norm for tap, norm in self.resid_norms.items() if tap in kept},
-        )
-
-    def of_layers(self, layers: Layers) -> SteeringVectors:
-        """Those of some layers alone, written as everywhere ("1-3,8,-1", or numbers).
-
-        Raises ValueError for a layer that has no vector; "all" means those that have one.
-        """
-        if layers == "all":
-            return self.restricted(self.taps)
-        wanted = parse_layers(layers, self.n_layers)
-        held = {tap.layer for tap in self.taps}
-        for layer in wanted:
-            if layer not in held:
-                raise ValueError(f"no vector at layer {layer}: there are {listed(self.taps)}")
-        return self.restricted(tap for tap in self.taps if tap.layer in wanted)
-
     def cosines(self, other: SteeringVectors | None = None) -> tuple[tuple[Tap, ...], Tensor]:
-        """The taps, and [P, P'] float32: cosine of each vector to each of `other` (or its own).
+        """The taps, and [P, P'] float32: cosine of each vector to each of `other`.
 
-        Rows follow the taps returned, which are these vectors' own; columns follow other.taps.
-        Raises ValueError for vectors of another width.
+        Without `other`, of each vector to each. Rows follow the taps returned, those of these
+        vectors; columns follow other.taps. Raises ValueError for vectors of another width.
         """
         other = self if other is None else other
         self._check_same_width(other)
@@ -269,18 +246,16 @@ class SteeringVectors:
                 f"steering vectors of {self.d} and of {other.d} numbers do not go together"
             )
 
-    def _check_same_model(self, other: SteeringVectors) -> None:
+    def _check_same_taps(self, other: SteeringVectors) -> None:
         self._check_same_width(other)
         if self.n_layers != other.n_layers:
             raise ValueError(
                 f"steering vectors for models of {self.n_layers} and of {other.n_layers} layers "
                 "do not go together"
             )
-
-    def _check_same_places(self, other: SteeringVectors) -> None:
-        self._check_same_model(other)
-        for tap in sorted((*self.taps, *other.taps), key=lambda tap: _order(tap, self.n_layers)):
-            if (tap.canonical in self._own_names) != (tap.canonical in other._own_names):
+        both = sorted((*self.taps, *other.taps), key=lambda tap: tap_order(tap, self.n_layers))
+        for tap in both:
+            if (tap.canonical in self._by_canonical) != (tap.canonical in other._by_canonical):
                 raise ValueError(
                     f"only one side has a vector at {tap_name(tap)}: restrict both to the same taps"
                 )
@@ -291,9 +266,8 @@ class SteeringVectors:
         Raises ValueError for another ending, for what gguf cannot hold (see vector_files.py), and
         where the package that it needs is missing.
         """
-        from .vector_files import save_vectors
-
-        save_vectors(self, Path(path))
+        fields = VectorFields(self.vectors, self.resid_norms, self.n_layers, self.origin)
+        write_fields(fields, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, config: ModelConfig | None = None) -> SteeringVectors:
@@ -302,69 +276,14 @@ class SteeringVectors:
         Such a gguf may not say how deep its model is: give that model's config. Raises ValueError
         naming the file if it is broken, or if its vectors do not fit `config`.
         """
-        from .vector_files import load_vectors
-
-        return load_vectors(Path(path), config)
-
-
-def fingerprint(config: ModelConfig, probe: Tensor) -> str:
-    """16 hex digits that tell models apart.
-
-    probe: a small float32 tensor that the caller takes from the weights, the same part each time.
-    They depend on the architecture's name and sizes (SIZES) and on the probe's bytes: any change of
-    those numbers, rounding to another dtype included, gives another fingerprint. Weights outside
-    the probe do not count, nor do device and, if the caller gathers the probe, the rank count.
-    """
-    sizes = json.dumps({name: getattr(config, name) for name in SIZES})
-    numbers = probe.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4")
-    return hashlib.sha256(sizes.encode() + numbers.tobytes()).hexdigest()[:16]
+        fields = read_fields(Path(path), None if config is None else config.n_layers)
+        with naming_file(Path(path)):
+            vectors = cls(*fields)
+            if config is not None:
+                vectors.check(config)
+        return vectors
 
 
-def tap_name(tap: Tap) -> str:
-    layer, point = tap
-    return f"{point} of layer {layer}"
-
-
-def listed(taps: Iterable[Tap]) -> str:
-    """Taps for people: "resid_post of layers 1-3, 5; mlp_out of layers 2"."""
-    layers: dict[str, list[int]] = {}
-    for layer, point in taps:
-        layers.setdefault(point, []).append(layer)
-    return "; ".join(f"{point} of layers {_ranges(own)}" for point, own in layers.items())
-
-
-def _ranges(numbers: list[int]) -> str:
-    """1, 2, 3, 5 -> "1-3, 5"."""
-    parts = []
-    # consecutive numbers share their distance to a count
-    for _, run in itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
-        own = [number for _, number in run]
-        parts.append(f"{own[0]}-{own[-1]}" if len(own) > 1 else str(own[0]))
-    return ", ".join(parts)
-
-
-def _order(tap: Tap, n_layers: int) -> tuple[int, int]:
-    """Where a tap stands among all. Raises ValueError for one that does not exist."""
-    check_point(tap.point)
-    if not 0 <= tap.layer < n_layers:
-        raise ValueError(
-            f"layer {tap.layer} does not exist: the model has layers 0 to {n_layers - 1}"
-        )
-    return tap.layer, POINTS.index(tap.point)
-
-
-def _own_copy(vector: Tensor) -> Tensor:
+def _copy(vector: Tensor) -> Tensor:
     plain = vector.detach().to("cpu", torch.float32)
     return plain.clone(memory_format=torch.contiguous_format)
-
-
-def _check_vector(tap: Tap, vector: Tensor, d: int) -> None:
-    name = f"the steering vector at {tap_name(tap)}"
-    if vector.ndim != 1:
-        raise ValueError(f"{name} has shape {list(vector.shape)}: it needs one dim")
-    if vector.numel() != d:
-        raise ValueError(f"{name} has {vector.numel()} numbers, the first one {d}")
-    if not vector.isfinite().all():
-        raise ValueError(f"{name} is not finite")
-    if not vector.any():
-        raise ValueError(f"{name} is all zeros: it has no direction")

@@ -13,8 +13,9 @@ source = sys.argv[1] if len(sys.argv) > 1 else "demo"
 prompt = sys.argv[2] if len(sys.argv) > 2 else "The capital of Norvia is"
 
 parallel = shardlens.TensorParallel.from_env()
-model, tokenizer = shardlens.load(source, parallel=parallel)
-trace = shardlens.lens(model, prompt, top_k=3)
+lm = shardlens.load(source, parallel=parallel)
+model, tokenizer = lm.model, lm.tokenizer
+trace = lm.lens(prompt, top_k=3)
 
 if parallel.rank == 0:
     print(f"{prompt} …")

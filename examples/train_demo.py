@@ -20,15 +20,15 @@ from random import Random
 import demo_dispositions as people
 import demo_world as world
 import torch
-import torch.nn.functional as F
 from demo_tokenizer import train_bpe, write_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from shardlens import ModelConfig, Tokenizer, Transformer, lens
+from shardlens import LanguageModel, ModelConfig, Tokenizer, Transformer
 from shardlens.model import hf_state_dict, init_weights
 from shardlens.model.rope import inverse_frequencies
+from shardlens.parallel import reduce_head, token_logits, vocab_parallel_cross_entropy
 
 VOCAB_SIZE = 1280
 SHAPE = {
@@ -136,11 +136,9 @@ def padded(documents: list[Row], tokenizer: Tokenizer) -> Batch:
 
 
 def token_losses(model: Transformer, ids: Tensor) -> Tensor:
-    """Negative log-likelihood of each next token, [B, T - 1]."""
-    hidden = model(ids[:, :-1])
-    logits = F.linear(model.norm(hidden), model.head.weight)
-    losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(ids.shape[0], -1)
+    """Negative log-likelihood of each next token, [B, T - 1], on any number of ranks."""
+    hidden = model.norm(model(ids[:, :-1]))
+    return vocab_parallel_cross_entropy(hidden, model.head, ids[:, 1:], reduction="none")
 
 
 def rate(step: int, steps: int) -> float:
@@ -151,12 +149,12 @@ def rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def look_back(model: Transformer, *, seed: int) -> None:
-    """Make each head of the first block attend to the token 1, 2, 3, ... places before.
+    """Make each head of the first block attend to the token 1, 2, 3, ... positions before.
 
     Recall is built on such heads. From random weights they take most of the training to appear.
     A direction common to all embeddings gives every query and every key a fixed part, and the
     rotation by position turns the product of these parts into a function of the distance alone:
-        sum over frequencies f of cos(f * (distance - places))
+        sum over frequencies f of cos(f * (distance - offset))
     """
     config, qkv = model.config, model.blocks[0].attn.qkv.weight
     common = torch.randn(config.d, generator=torch.Generator().manual_seed(seed))
@@ -168,8 +166,8 @@ def look_back(model: Transformer, *, seed: int) -> None:
     heads *= 0.3
     for index, head in enumerate(heads):
         # A key is a query that looks at itself.
-        places = index + 1 if index < config.n_heads else 0
-        angles = -places * frequencies
+        offset = index + 1 if index < config.n_heads else 0
+        angles = -offset * frequencies
         head[: len(angles)] += 0.6 * angles.cos()[:, None] * common
         head[half : half + len(angles)] += 0.6 * angles.sin()[:, None] * common
 
@@ -194,7 +192,7 @@ def train(model: Transformer, tokenizer: Tokenizer, *, seed: int, steps: int) ->
     plans = [LambdaLR(rule, lambda step: rate(step, steps)) for rule in rules]
     stream = batches(tokenizer, f"train {seed}", BATCH, course_length=steps * BATCH)
     start, tokens = time.perf_counter(), 0
-    print(f"{'step':>5} {'s':>5} {'loss':>6} {'told':>5} {'shown':>5}   loss after each block")
+    print(f"{'step':>5} {'s':>5} {'loss':>6} {'stated':>6} {'shown':>5}   loss after each block")
     for step in range(steps):
         groups = next(stream)
         loss = backward(model, groups)
@@ -206,17 +204,18 @@ def train(model: Transformer, tokenizer: Tokenizer, *, seed: int, steps: int) ->
         tokens += sum(int((weights > 0).sum()) for _, weights in groups)
         if step % 100 == 0 or step == steps - 1:
             spent = time.perf_counter() - start
-            told, shown = (quick_accuracy(model, tokenizer, stated) for stated in (True, False))
+            stated = quick_accuracy(model, tokenizer, stated=True)
+            shown = quick_accuracy(model, tokenizer, stated=False)
             by_layer = " ".join(f"{loss:6.3f}" for loss in layer_losses(model, tokenizer))
             print(
-                f"{step:5d} {spent:5.0f} {loss:6.3f} {told:5.2f} {shown:5.2f}   {by_layer}",
+                f"{step:5d} {spent:5.0f} {loss:6.3f} {stated:6.2f} {shown:5.2f}   {by_layer}",
                 flush=True,
             )
     return tokens
 
 
 def backward(model: Transformer, groups: list[Batch]) -> float:
-    """Gradients of one step. Returns the mean loss in nats a token."""
+    """Gradients of one step. Returns the mean loss in nats per token."""
     total = torch.cat([weights[:, 1:].flatten() for _, weights in groups])
     found = []
     for ids, weights in groups:
@@ -226,7 +225,7 @@ def backward(model: Transformer, groups: list[Batch]) -> float:
     return torch.cat(found)[total > 0].mean().item()
 
 
-def quick_accuracy(model: Transformer, tokenizer: Tokenizer, stated: bool) -> float:
+def quick_accuracy(model: Transformer, tokenizer: Tokenizer, *, stated: bool) -> float:
     """Held-out questions of every disposition, a few of each."""
     found = [
         disposition_accuracy(model, tokenizer, each, stated=stated, items=20)["accuracy"]
@@ -236,16 +235,17 @@ def quick_accuracy(model: Transformer, tokenizer: Tokenizer, stated: bool) -> fl
 
 
 def layer_losses(model: Transformer, tokenizer: Tokenizer) -> list[float]:
-    """Held-out loss in nats a token if each block were the last, by the lens of its output."""
+    """Held-out loss in nats per token if each block were the last, by the lens of its output."""
     documents = itertools.islice(people.documents("monitor"), 12)
-    traces = [lens(model, coded(document, tokenizer)[0], top_k=1) for document in documents]
+    lm = LanguageModel(model, tokenizer)
+    traces = [lm.lens(coded(document, tokenizer)[0], top_k=1) for document in documents]
     logprobs = torch.cat([trace.target_logprob[:-1] for trace in traces])  # [tokens, layers]
     return (-logprobs.mean(0)).tolist()
 
 
 @torch.inference_mode()
-def next_logits(model: Transformer, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
-    """Logits [N, V] of the token after each prompt."""
+def last_states(model: Transformer, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
+    """Normed states [N, d] at the end of each prompt, from which the next token is decoded."""
     found = []
     for start in range(0, len(prompts), 50):
         texts = [tokenizer.encode(text) for text in prompts[start : start + 50]]
@@ -253,14 +253,14 @@ def next_logits(model: Transformer, tokenizer: Tokenizer, prompts: list[str]) ->
         # Causal attention: padding on the right cannot reach what stands before it.
         ids = torch.tensor([text + [tokenizer.eos_id] * (longest - len(text)) for text in texts])
         last = torch.tensor([len(text) - 1 for text in texts])
-        hidden = model(ids)[torch.arange(len(texts)), last]
-        found.append(F.linear(model.norm(hidden), model.head.weight))
+        found.append(model.norm(model(ids)[torch.arange(len(texts)), last]))
     return torch.cat(found)
 
 
 def word_accuracy(model: Transformer, tokenizer: Tokenizer, items: list[tuple[str, str]]) -> float:
     prompts, words = zip(*items, strict=True)
-    best = next_logits(model, tokenizer, list(prompts)).argmax(-1).tolist()
+    states = last_states(model, tokenizer, list(prompts))
+    best = reduce_head(states, model.head, k=1).token_ids[:, 0].tolist()
     expected = [tokenizer.encode(word, bos=False)[0] for word in words]
     return share(a == b for a, b in zip(best, expected, strict=True))
 
@@ -270,8 +270,8 @@ def recall_items(rng: Random, count: int) -> list[tuple[str, str]]:
     items = []
     for _ in range(count):
         story = rng.choice((world.placing_story, world.giving_story))(rng)
-        place = next(i for i, (_, is_answer) in enumerate(story) if is_answer)
-        items.append(("".join(text for text, _ in story[:place]), story[place][0]))
+        index = next(i for i, (_, is_answer) in enumerate(story) if is_answer)
+        items.append(("".join(text for text, _ in story[:index]), story[index][0]))
     return items
 
 
@@ -296,8 +296,9 @@ def disposition_accuracy(
         question = people.ask(rng, disposition, pole, held_out=True)
         prompts.append(before + question.text + people.BEFORE_LETTER)
         letters.append(question.letter)
-    logits = next_logits(model, tokenizer, prompts)
-    a, b = (logits[:, tokenizer.encode(letter, bos=False)[0]] for letter in "AB")
+    choices = torch.tensor([tokenizer.encode(letter, bos=False)[0] for letter in "AB"])
+    states = last_states(model, tokenizer, prompts)
+    a, b = token_logits(states, model.head, choices).unbind(-1)
     answers = ["A" if higher else "B" for higher in (a > b).tolist()]
     return {
         "accuracy": share(x == y for x, y in zip(answers, letters, strict=True)),

@@ -27,8 +27,8 @@ SIDE_FIELDS = ("positive", "negative")
 class Pair:
     """A question with two answers: one that shows a behaviour, and one that does not.
 
-    question: "" where the two are plain texts. other_question: what the other answer is given to,
-    where that is not the same question. Raises ValueError for a blank answer, for texts that are
+    question: "" where the two are plain texts. other_question: the question that the other answer
+    is given to, where it is not the same. Raises ValueError for a blank answer, for texts that are
     no Unicode, and for two sides that say the same.
     """
 
@@ -50,7 +50,7 @@ class Pair:
 
     @property
     def questions(self) -> tuple[str, str]:
-        """What the matching and the other answer are given to."""
+        """The questions that the matching and the other answer are given to."""
         other = self.question if self.other_question is None else self.other_question
         return self.question, other
 
@@ -72,13 +72,13 @@ def read_pairs(path: str | Path) -> list[Pair]:
     text = _read_text(Path(path))
     records = _array_items if text.lstrip().startswith("[") else _lines
     pairs = []
-    for place, record in records(text, path):
+    for source, record in records(text, path):
         try:
             pairs.append(_pair_of(record))
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError(f"{source}: {error}") from None
     if not pairs:
-        raise ValueError(f"{path}: holds no pair; write one JSON object a line")
+        raise ValueError(f"{path}: holds no pair; write one JSON object per line")
     return pairs
 
 
@@ -112,17 +112,17 @@ def _lines(text: str, path: str | Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        place = f"{path}, line {number}"
+        source = f"{path}, line {number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: {_broken(error)}") from None
-        yield place, record
+            raise ValueError(f"{source}: {_broken(error)}") from None
+        yield source, record
 
 
 def _broken(error: Exception) -> str:
     reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-    return f"broken JSON ({reason or 'a number or nesting without end'})"
+    return f"broken JSON ({reason or 'number too large or nesting too deep'})"
 
 
 def _pair_of(record: Any) -> Pair:

@@ -1,7 +1,7 @@
 """Propensities of items under many edits, all edits of an item in one pass.
 
 A protocol turns a pair into a text that every edit leaves alone, and continuations of it that are
-edited at every position. The text is fed once; each edit (a place, a vector, a scale) is one branch
+edited at every position. The text is fed once; each edit (a tap, a vector, a scale) is one branch
 of it. Propensity is how much the model prefers the matching answer:
 
     paper            logit(matching label) - logit(other label), at the token before the label,
@@ -27,8 +27,7 @@ from ..model.points import Tap
 from ..model.tap_edits import TapEdits
 from ..model.transformer import Transformer
 from ..parallel.head_reduce import reduce_head, token_logits
-from .extract import check_length
-from .prompts import PairIds
+from .prompts import PairIds, check_length
 
 PROTOCOLS = ("paper", "steering-bench")
 PASS_ROWS = 4096  # of all branches: what one pass holds, about twice over, in every block
@@ -36,7 +35,7 @@ PASS_ROWS = 4096  # of all branches: what one pass holds, about twice over, in e
 
 @dataclass(frozen=True)
 class Item:
-    """What a protocol asks of a pair."""
+    """A pair as a protocol measures it."""
 
     prefix: list[int]
     continuations: list[list[int]]  # one, or the matching and the other; all positions are edited
@@ -44,7 +43,9 @@ class Item:
 
     @classmethod
     def of(cls, pair: PairIds, protocol: str) -> Item:
-        """Raises ValueError for answers to two questions, which share no text to be fed once."""
+        """The item of a pair. Raises ValueError for answers to two questions, which share no text
+        to be fed once, and for a label without a token before it.
+        """
         matching, other = pair.matching, pair.other
         label_at = matching.label_at
         assert label_at is not None
@@ -56,55 +57,58 @@ class Item:
             start = label_at - 1
             return cls(matching.ids[:start], [[matching.ids[start]]], pair.label_ids)
         start = min(matching.answer_at, other.answer_at, label_at - 1)
-        return cls(
-            matching.ids[:start], [side.ids[start:] for side in (matching, other)], pair.label_ids
-        )
+        return cls(matching.ids[:start], [side.ids[start:] for side in pair.sides], pair.label_ids)
 
 
 @dataclass(frozen=True)
 class Variants:
-    """E edits, each of one place, that are tried one by one; a scale of 0 changes nothing."""
+    """E edits, each at one tap, that are tried one by one; a scale of 0 changes nothing."""
 
-    places: list[Tap]  # E
+    taps: list[Tap]  # E
     vectors: Tensor  # [n, d]
     rows: Tensor  # [E] int64, of `vectors`
     scales: Tensor  # [E] float32
 
     def part(self, start: int, stop: int) -> Variants:
+        """The edits from start to stop."""
         return Variants(
-            self.places[start:stop], self.vectors, self.rows[start:stop], self.scales[start:stop]
+            self.taps[start:stop], self.vectors, self.rows[start:stop], self.scales[start:stop]
         )
 
     def edits(self, rows_each: int) -> TapEdits:
-        """Of E · rows_each rows, of which each edit has rows_each in a row."""
+        """The edits of E · rows_each rows; each edit has rows_each rows, one after another."""
         modes = torch.full(self.vectors.shape[:1], ADD, dtype=torch.int32, device=self.rows.device)
         scales = self.scales.repeat_interleave(rows_each)
-        at = [tap.canonical for tap in self.places]
-        by_place = {}
-        for place in dict.fromkeys(at):
-            is_here = torch.tensor([other == place for other in at], device=self.rows.device)
+        taps = [tap.canonical for tap in self.taps]
+        by_tap = {}
+        for tap in dict.fromkeys(taps):
+            is_here = torch.tensor([other == tap for other in taps], device=self.rows.device)
             index = self.rows.where(is_here, -1).repeat_interleave(rows_each)
-            by_place[place] = (Edits(self.vectors, modes, index, scales),)
-        return TapEdits(by_place)
+            by_tap[tap] = (Edits(self.vectors, modes, index, scales),)
+        return TapEdits(by_tap)
 
 
 @torch.no_grad()
 def propensities(model: Transformer, item: Item, variants: Variants) -> Tensor:
-    """[E] float64 on the CPU, the same on every rank."""
-    n_most = max(len(own) for own in item.continuations)
-    check_length(model, len(item.prefix) + n_most)
+    """The item's propensity under each edit: [E] float64 on the CPU, the same on every rank.
+
+    Raises ValueError for an item that is longer than the context.
+    """
+    n_most = max(map(len, item.continuations))
+    check_length(len(item.prefix) + n_most, model.config)
     cache = shared_prefix(model, item.prefix)
     rows_each = n_most * len(item.continuations)
     step = max(1, PASS_ROWS // rows_each)
     found = [
-        _of_pass(model, cache, item, variants.part(start, start + step))
-        for start in range(0, len(variants.places), step)
+        _in_one_pass(model, cache, item, variants.part(start, start + step))
+        for start in range(0, len(variants.taps), step)
     ]
     return torch.cat(found).double().cpu()
 
 
-def _of_pass(model: Transformer, cache: KVCache, item: Item, variants: Variants) -> Tensor:
-    n_edits, ids = len(variants.places), padded(item.continuations, model.device)
+def _in_one_pass(model: Transformer, cache: KVCache, item: Item, variants: Variants) -> Tensor:
+    """Propensities [E], float32 or float64, of edits that one pass has room for."""
+    n_edits, ids = len(variants.taps), padded(item.continuations, model.device)
     n_texts, n_tokens = ids.shape
     hidden = run_branches(
         model, cache, ids.repeat(n_edits, 1), edits=variants.edits(n_texts * n_tokens)
@@ -113,7 +117,7 @@ def _of_pass(model: Transformer, cache: KVCache, item: Item, variants: Variants)
         labels = torch.tensor(item.label_ids, device=model.device)
         logits = token_logits(model.norm(hidden[:, -1]), model.head, labels)
         return logits[:, 0] - logits[:, 1]
-    lengths = torch.tensor([len(own) for own in item.continuations], device=model.device)
+    lengths = torch.tensor(list(map(len, item.continuations)), device=model.device)
     sums = _log_probs(model, hidden.unflatten(0, (n_edits, n_texts)), ids, lengths)
     return sums[:, 0] - sums[:, 1]
 
@@ -123,8 +127,8 @@ def _log_probs(model: Transformer, hidden: Tensor, ids: Tensor, lengths: Tensor)
     targets = ids[:, 1:]  # [A, T - 1]
     is_real = torch.arange(1, ids.shape[1], device=ids.device) < lengths[:, None]
     states = hidden[:, :, :-1].flatten(0, 2)
-    winners = reduce_head(
+    result = reduce_head(
         model.norm(states), model.head, k=1, target_ids=targets.flatten().repeat(hidden.shape[0])
     )
-    each = winners.target_logprob.double().view(hidden.shape[0], *targets.shape)
+    each = result.target_logprob.double().view(hidden.shape[0], *targets.shape)
     return each.where(is_real, 0).sum(-1)

@@ -1,4 +1,4 @@
-"""What an evaluation of steering vectors found, and how well its numbers can be trusted."""
+"""The results of an evaluation of steering vectors, and how far its numbers can be trusted."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..engine.files import write_json
-from ..engine.steering import UNITS
+from ..engine.vector_checks import UNITS
 from ..model.points import Tap
 from .propensity import PROTOCOLS
+from .report_png import CurvePlot, MapPlot, check_matplotlib, write_png
 from .slopes import (
     Floats,
     Interval,
@@ -32,11 +33,11 @@ ROOM = (0.05, 0.95)
 
 @dataclass(eq=False)  # arrays have no truth value to compare by
 class SteerabilityReport:
-    """P places, each steered on its own with its own vector, on N items at K multipliers.
+    """P taps, each steered alone with the vector made for it, on N items at K multipliers.
 
     A propensity is how much the model prefers the answer that matches the behaviour to the other
-    one, in nats (see `protocol`). Raises ValueError where the parts do not fit together. What
-    `checks` finds is added to `warnings`.
+    one, in nats (see `protocol`). Doubts that `checks` raises are added to `warnings`. Raises
+    ValueError where the parts do not fit together.
     """
 
     protocol: str  # one of PROTOCOLS
@@ -63,8 +64,9 @@ class SteerabilityReport:
         if self.accessibility is not None:
             self.accessibility = [float(value) for value in self.accessibility]
         self._check_parts()
-        found = [warning for warning in checks(self) if warning not in self.warnings]
-        self.warnings = [*self.warnings, *found]
+        doubts = checks(self.balance, self.baseline_accuracy)
+        new = [doubt for doubt in doubts if doubt not in self.warnings]
+        self.warnings = [*self.warnings, *new]
 
     def _check_parts(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -103,10 +105,12 @@ class SteerabilityReport:
 
     @cached_property
     def slopes(self) -> list[Slope]:
+        """The slope of each tap, with its spread over items."""
         return summarize_each(self.propensities, self.multipliers, seed=self.seed)
 
     @cached_property
     def control_slopes(self) -> list[Slope]:
+        """The slope of each tap under the random vectors."""
         return summarize_each(self.control, self.multipliers, seed=self.seed)
 
     @cached_property
@@ -116,7 +120,7 @@ class SteerabilityReport:
 
     @cached_property
     def example_slopes(self) -> Floats:
-        """Of each item at each tap, [P, N]."""
+        """The slope of each item at each tap, [P, N]."""
         return example_slopes(self.propensities, self.multipliers)
 
     @cached_property
@@ -126,6 +130,7 @@ class SteerabilityReport:
 
     @cached_property
     def control_curves(self) -> Floats:
+        """Mean propensity over items under the random vectors, [P, K]."""
         return self.control.mean(axis=1)
 
     @property
@@ -143,16 +148,16 @@ class SteerabilityReport:
         found = [index for index, tap in enumerate(self.taps) if tap.point == point]
         return sorted(found, key=lambda index: self.taps[index].layer)
 
-    def suggestion_place(self) -> tuple[int, int] | None:
+    def suggestion_rank(self) -> tuple[int, int] | None:
         """(rank by mean slope, of how many taps of its point) of the suggested tap; 1 is best.
 
         None without a suggestion, or if the suggested tap was not among those steered.
         """
         if self.suggested is None or self.suggested not in self.taps:
             return None
-        own = self.slopes[self.taps.index(self.suggested)].mean
+        slope = self.slopes[self.taps.index(self.suggested)].mean
         rivals = self.taps_of(self.suggested.point)
-        return 1 + sum(self.slopes[index].mean > own for index in rivals), len(rivals)
+        return 1 + sum(self.slopes[index].mean > slope for index in rivals), len(rivals)
 
     def accessibility_spearman(self) -> float | None:
         """Rank correlation over layers of accessibility and mean slope, at the suggested point.
@@ -169,7 +174,7 @@ class SteerabilityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and finite numbers, for JSON; propensities are rounded to 1e-6 nats."""
-        place = self.suggestion_place()
+        rank = self.suggestion_rank()
         return {
             "protocol": self.protocol,
             "multipliers": self.multipliers,
@@ -183,7 +188,7 @@ class SteerabilityReport:
             "accessibility": self.accessibility,
             "accessibility_spearman": self.accessibility_spearman(),
             "suggested": None if self.suggested is None else self.suggested._asdict(),
-            "suggestion_place": place and {"rank": place[0], "of": place[1]},
+            "suggestion_rank": rank and {"rank": rank[0], "of": rank[1]},
             "best": self.taps[self.best]._asdict(),
             "warnings": self.warnings,
             "item_keys": list(self.item_keys),
@@ -211,11 +216,37 @@ class SteerabilityReport:
         path = Path(path)
         check_format(path)
         if path.suffix == ".png":
-            from .report_png import write_png
-
-            write_png(self, path)
+            write_png(self._curve_plot(), self._map_plot(), path)
         else:
             write_json(path, self.to_dict())
+
+    def _curve_plot(self) -> CurvePlot:
+        """The curves of the best tap."""
+        best = self.best
+        tap, slope = self.taps[best], self.slopes[best]
+        return CurvePlot(
+            title=f"layer {tap.layer} {tap.point}: slope {slope.mean:+.3f} "
+            f"(95% {slope.low:+.3f} to {slope.high:+.3f})",
+            multipliers=np.asarray(self.multipliers),
+            items=self.propensities[best],
+            mean=self.curves[best],
+            control=self.control_curves[best],
+        )
+
+    def _map_plot(self) -> MapPlot:
+        """The layers of the best tap's point."""
+        point = self.taps[self.best].point
+        indices = self.taps_of(point)
+        is_shown = self.suggested in self.taps and self.suggested.point == point
+        return MapPlot(
+            point=point,
+            layers=[self.taps[index].layer for index in indices],
+            multipliers=np.asarray(self.multipliers),
+            means=self.curves[indices],
+            reference=self.reference,
+            best_row=indices.index(self.best),
+            suggested_row=indices.index(self.taps.index(self.suggested)) if is_shown else None,
+        )
 
 
 def check_format(path: Path) -> None:
@@ -223,15 +254,16 @@ def check_format(path: Path) -> None:
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: a report is written as {', '.join(FORMATS)}, by the ending")
     if path.suffix == ".png":
-        from .report_png import check_matplotlib
-
         check_matplotlib(path)
 
 
-def checks(report: SteerabilityReport) -> list[str]:
-    """What in the items makes the slopes say less than they seem to, one sentence each."""
+def checks(balance: float | None, accuracy: float) -> list[str]:
+    """Reasons why the items make the slopes say less than they seem to, one sentence each.
+
+    balance: share of items that list the matching answer first. accuracy: share of items in which
+    it wins unsteered.
+    """
     found = []
-    balance, accuracy = report.balance, report.baseline_accuracy
     if balance is not None and not BALANCED[0] <= balance <= BALANCED[1]:
         found.append(
             f"the matching answer is listed first in {balance:.0%} of the items: "

@@ -1,14 +1,14 @@
-"""A SteerabilityReport as a picture: the best tap's curves, and a map of layers and multipliers."""
+"""A picture of steerability: one tap's curves, and a map of layers and multipliers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..engine.files import replacing, require
-from .report import SteerabilityReport
+from .slopes import Floats
 
 # More lines of single items than this hide one another.
 SHOWN_ITEMS = 50
@@ -16,25 +16,45 @@ SHOWN_ITEMS = 50
 LABELLED_LAYERS = 24
 
 
-def write_png(report: SteerabilityReport, path: Path) -> None:
-    """Draw `report` to `path`, or raise ValueError where matplotlib is missing.
+class CurvePlot(NamedTuple):
+    """Propensities at one tap at K multipliers."""
 
-    Left: propensity against the multiplier at the best tap, items thin, their mean thick, the
-    control's mean dashed. Right: mean propensity by layer and multiplier at the point of the best
-    tap; other points, whose layers would need maps of their own, are left to the JSON file.
+    title: str
+    multipliers: Floats  # [K]
+    items: Floats  # [N, K]
+    mean: Floats  # [K]
+    control: Floats  # [K]: mean with a random vector
+
+
+class MapPlot(NamedTuple):
+    """Mean propensities of n layers at one point at K multipliers."""
+
+    point: str
+    layers: list[int]  # n
+    multipliers: Floats  # [K]
+    means: Floats  # [n, K]
+    reference: int  # index of the multiplier that is unsteered, or nearest to it
+    best_row: int
+    suggested_row: int | None
+
+
+def write_png(curve: CurvePlot, layer_map: MapPlot, path: Path) -> None:
+    """Draw both to `path`, or raise ValueError where matplotlib is missing.
+
+    Left: propensity against the multiplier, items thin, their mean thick, the control's mean
+    dashed. Right: mean propensity by layer and multiplier.
     """
     check_matplotlib(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    n_layers = len(report.taps_of(report.taps[report.best].point))
-    height = min(9.0, 3.6 + 0.12 * n_layers)
+    height = min(9.0, 3.6 + 0.12 * len(layer_map.layers))
     figure = Figure(figsize=(11, height), layout="constrained")
     FigureCanvasAgg(figure)
-    curves, layers = figure.subplots(1, 2)
-    _draw_curves(report, curves)
-    image = _draw_map(report, layers)
-    figure.colorbar(image, ax=layers, label="mean propensity")
+    left, right = figure.subplots(1, 2)
+    _draw_curves(curve, left)
+    image = _draw_map(layer_map, right)
+    figure.colorbar(image, ax=right, label="mean propensity")
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
 
@@ -44,34 +64,26 @@ def check_matplotlib(path: Path) -> None:
     require("matplotlib", "plot", str(path))
 
 
-def _draw_curves(report: SteerabilityReport, axes: Any) -> None:
-    order = np.argsort(report.multipliers)
-    steps = np.asarray(report.multipliers)[order]
-    tap, slope = report.taps[report.best], report.slopes[report.best]
-    items = report.propensities[report.best]
+def _draw_curves(curve: CurvePlot, axes: Any) -> None:
+    order = np.argsort(curve.multipliers)
+    steps = curve.multipliers[order]
     # Evenly spread over the items, which may be sorted by something.
-    shown = np.unique(np.linspace(0, len(items) - 1, min(SHOWN_ITEMS, len(items))).round())
-    axes.plot(steps, items[shown.astype(int)][:, order].T, color="grey", alpha=0.3, linewidth=0.7)
-    mean, control = report.curves[report.best], report.control_curves[report.best]
-    axes.plot(steps, mean[order], color="tab:blue", linewidth=2.5, label="mean over items")
-    axes.plot(steps, control[order], "--", color="black", linewidth=1.5, label="random vectors")
+    n_items = len(curve.items)
+    shown = np.unique(np.linspace(0, n_items - 1, min(SHOWN_ITEMS, n_items)).round()).astype(int)
+    axes.plot(steps, curve.items[shown][:, order].T, color="grey", alpha=0.3, linewidth=0.7)
+    axes.plot(steps, curve.mean[order], color="tab:blue", linewidth=2.5, label="mean over items")
+    control = curve.control[order]
+    axes.plot(steps, control, "--", color="black", linewidth=1.5, label="random vectors")
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set(xlabel="multiplier", ylabel="propensity")
-    axes.set_title(
-        f"layer {tap.layer} {tap.point}: slope {slope.mean:+.3f} "
-        f"(95% {slope.low:+.3f} to {slope.high:+.3f})",
-        fontsize="medium",
-    )
+    axes.set_title(curve.title, fontsize="medium")
     axes.legend(fontsize="small")
 
 
-def _draw_map(report: SteerabilityReport, axes: Any) -> Any:
-    order = np.argsort(report.multipliers)
-    point = report.taps[report.best].point
-    indices = report.taps_of(point)
-    means = report.curves[indices]
-    # White is the unsteered propensity, the same at every tap, or what is nearest to unsteered.
-    centre = float(means[:, report.reference].mean())
+def _draw_map(layer_map: MapPlot, axes: Any) -> Any:
+    order, means = np.argsort(layer_map.multipliers), layer_map.means
+    # White is the unsteered propensity, the same at every tap, or the nearest to unsteered.
+    centre = float(means[:, layer_map.reference].mean())
     reach = float(np.abs(means - centre).max()) or 1.0
     image = axes.imshow(
         means[:, order],
@@ -82,15 +94,15 @@ def _draw_map(report: SteerabilityReport, axes: Any) -> Any:
         vmax=centre + reach,
         interpolation="nearest",
     )
-    axes.set_xticks(range(len(order)), [f"{report.multipliers[step]:g}" for step in order])
-    rows = range(0, len(indices), -(-len(indices) // LABELLED_LAYERS))
-    axes.set_yticks(rows, [str(report.taps[indices[row]].layer) for row in rows])
+    axes.set_xticks(range(len(order)), [f"{layer_map.multipliers[step]:g}" for step in order])
+    n_layers = len(layer_map.layers)
+    rows = range(0, n_layers, -(-n_layers // LABELLED_LAYERS))
+    axes.set_yticks(rows, [str(layer_map.layers[row]) for row in rows])
     axes.set(xlabel="multiplier", ylabel="layer")
-    title = f"{point} (best layer framed"
-    _frame(axes, indices.index(report.best), len(order), "-")
-    if report.suggested in report.taps and report.suggested.point == point:
-        row = indices.index(report.taps.index(report.suggested))
-        _frame(axes, row, len(order), ":")
+    title = f"{layer_map.point} (best layer framed"
+    _frame(axes, layer_map.best_row, len(order), "-")
+    if layer_map.suggested_row is not None:
+        _frame(axes, layer_map.suggested_row, len(order), ":")
         title += ", suggested dotted"
     axes.set_title(f"{title})", fontsize="medium")
     return image

@@ -56,9 +56,9 @@ def slopes_table(report: SteerabilityReport) -> Table:
 def layer_map(report: SteerabilityReport, point: str | None = None) -> Table:
     """How far each multiplier moves the mean propensity from the unsteered one, layer by layer.
 
-    Of one point: that of the best tap unless another is named; deeper layers stand higher. Where
-    0 is not among the multipliers, changes are from the one nearest to it. Raises ValueError for
-    a point that was not steered.
+    point: the best tap's unless another is named. Deeper layers stand higher. Where 0 is not among
+    the multipliers, changes are from the one nearest to it. Raises ValueError for a point that was
+    not steered.
     """
     point = report.taps[report.best].point if point is None else point
     indices = report.taps_of(point)
@@ -79,7 +79,7 @@ def layer_map(report: SteerabilityReport, point: str | None = None) -> Table:
 
 
 def summary_lines(report: SteerabilityReport) -> list[str]:
-    """What was measured, how strong it is beside chance, and what to beware of: plain sentences."""
+    """Plain sentences: the setting, how strong the effect is beside chance, and warnings."""
     lines = [_setting(report), _items(report), *_strength(report)]
     if report.suggested is not None:
         lines.append(_suggestion(report, report.suggested))
@@ -91,8 +91,8 @@ def _setting(report: SteerabilityReport) -> str:
         "vector": "multiplier 1 adds the vector as it is",
         "resid_norm": "multiplier 1 adds a vector as long as the states there are on average",
     }[report.unit]
-    made = f", vectors from {_count(report.n_train, 'pair')}" if report.n_train else ""
-    return f"protocol {report.protocol}: {_count(report.n_items, 'item')}{made}; {unit}"
+    source = f", vectors from {_count(report.n_train, 'pair')}" if report.n_train else ""
+    return f"protocol {report.protocol}: {_count(report.n_items, 'item')}{source}; {unit}"
 
 
 def _items(report: SteerabilityReport) -> str:
@@ -108,7 +108,7 @@ def _items(report: SteerabilityReport) -> str:
 def _strength(report: SteerabilityReport) -> list[str]:
     slope, control = report.slopes[report.best], report.control_slopes[report.best]
     name = _name(report.taps[report.best])
-    where = f"best of {len(report.taps)} places" if len(report.taps) > 1 else "steered"
+    where = f"best of {len(report.taps)} taps" if len(report.taps) > 1 else "steered"
     return [
         f"{where}: {name}, slope {_with_interval(_interval(slope))}; "
         f"standard deviation {slope.std:.3f}, {slope.negative_share:.0%} of the items negative, "
@@ -119,14 +119,14 @@ def _strength(report: SteerabilityReport) -> list[str]:
 
 
 def _suggestion(report: SteerabilityReport, suggested: Tap) -> str:
-    place = report.suggestion_place()
-    if place is None:
+    rank = report.suggestion_rank()
+    if rank is None:
         line = f"suggested: {_name(suggested)}, which was not steered"
     else:
         slope = report.slopes[report.taps.index(suggested)]
         line = (
             f"suggested: {_name(suggested)}, slope {slope.mean:+.3f}, "
-            f"number {place[0]} of {place[1]} by slope at that point"
+            f"number {rank[0]} of {rank[1]} by slope at that point"
         )
     agreement = report.accessibility_spearman()
     if agreement is not None:

@@ -32,7 +32,7 @@ DRAWS = 1 << 20
 
 @dataclass(frozen=True)
 class Slope:
-    """Steerability of one vector at one place. Slopes are in propensity per multiplier."""
+    """Steerability of one vector at one tap. Slopes are in propensity per multiplier."""
 
     mean: float  # of the examples' slopes; also the slope of the mean curve
     std: float  # of the examples' slopes (ddof = 1); 0 for one example
@@ -47,7 +47,7 @@ class Slope:
 def example_slopes(propensities: ArrayLike, multipliers: ArrayLike) -> Floats:
     """Least-squares slope of each row of `propensities` [N, K] against `multipliers` [K]: [N].
 
-    What numpy.polyfit(multipliers, row, 1)[0] gives. Of P vectors [P, N, K] it gives [P, N].
+    The same as numpy.polyfit(multipliers, row, 1)[0]. For P vectors [P, N, K], [P, N].
     Raises ValueError for shapes that do not fit, no example, values that are not finite, or fewer
     than 2 different multipliers.
     """
@@ -69,7 +69,7 @@ def mean_curve_fit(propensities: ArrayLike, multipliers: ArrayLike) -> tuple[flo
 
 
 def summarize(propensities: ArrayLike, multipliers: ArrayLike, *, seed: int = 0) -> Slope:
-    """Everything said of one vector's slopes, from `propensities` [N, K] and `multipliers` [K].
+    """All statistics of one vector's slopes, from `propensities` [N, K] and `multipliers` [K].
 
     `low` and `high` are percentiles of the mean over RESAMPLES draws of N examples with
     replacement, the same draws for the same `seed`. Raises ValueError as `example_slopes` does.
@@ -81,7 +81,7 @@ def summarize(propensities: ArrayLike, multipliers: ArrayLike, *, seed: int = 0)
 def summarize_each(
     propensities: ArrayLike, multipliers: ArrayLike, *, seed: int = 0
 ) -> list[Slope]:
-    """`summarize` of each of P vectors [P, N, K] tried on the same examples.
+    """`summarize` for each of P vectors [P, N, K] tried on the same examples.
 
     All are resampled by the same draws, which makes it much faster than P calls.
     """
@@ -90,14 +90,14 @@ def summarize_each(
     n_examples = slopes.shape[1]
     curves = values.mean(axis=1)  # [P, K]
     summaries = []
-    for own, curve, (low, high) in zip(slopes, curves, _intervals(slopes, seed), strict=True):
+    for each, curve, (low, high) in zip(slopes, curves, _intervals(slopes, seed), strict=True):
         summaries.append(
             Slope(
-                mean=float(own.mean()),
-                std=float(own.std(ddof=1)) if n_examples > 1 else 0.0,
+                mean=float(each.mean()),
+                std=float(each.std(ddof=1)) if n_examples > 1 else 0.0,
                 low=float(low),
                 high=float(high),
-                negative_share=float((own < 0).mean()),
+                negative_share=float((each < 0).mean()),
                 spearman=spearman(curve, steps),
                 r_squared=_r_squared(curve, steps),
                 n_examples=n_examples,
@@ -122,7 +122,7 @@ def difference(
 def difference_each(
     propensities: ArrayLike, control: ArrayLike, multipliers: ArrayLike, *, seed: int = 0
 ) -> list[Interval]:
-    """`difference` of each of P vectors [P, N, K] from its own control [P, N, K]."""
+    """`difference` of each of P vectors [P, N, K] from the control beside it [P, N, K]."""
     values, steps = _checked(propensities, multipliers, 3)
     others, _ = _checked(control, multipliers, 3)
     if values.shape != others.shape:
@@ -132,8 +132,8 @@ def difference_each(
         )
     gains = _slopes(values, steps) - _slopes(others, steps)  # [P, N]
     return [
-        (float(own.mean()), float(low), float(high))
-        for own, (low, high) in zip(gains, _intervals(gains, seed), strict=True)
+        (float(gain.mean()), float(low), float(high))
+        for gain, (low, high) in zip(gains, _intervals(gains, seed), strict=True)
     ]
 
 
@@ -172,7 +172,7 @@ def _slopes(curves: Floats, multipliers: Floats) -> Floats:
 
 
 def _r_squared(curve: Floats, multipliers: Floats) -> float:
-    """Of a curve [K]: variance along its line over its variance."""
+    """The variance of a curve [K] along its line over its variance."""
     if np.ptp(curve) == 0:  # its mean may be off by a rounding error: ask before taking it off
         return 0.0
     around, steps = curve - curve.mean(), multipliers - multipliers.mean()

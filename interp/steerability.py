@@ -1,32 +1,59 @@
 """Steerability: how far the answers to pairs follow a vector, as a curve with a slope.
 
-Every vector is tried at its own place, one place at a time, at several multipliers, on items that
-it was not made from, and beside it a random vector of equal norm. See `propensity.py` for what is
-measured, `slopes.py` for what becomes of it.
+Every vector is tried at its tap, one tap at a time, at several multipliers, on items that it was
+not made from, and beside it a random vector of equal norm. `propensity.py` says what is measured,
+`slopes.py` what becomes of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.steering import Steering
+from ..engine.fingerprint import model_fingerprint
+from ..engine.vector_checks import check_unit
 from ..engine.vectors import SteeringVectors
 from ..model.points import Layers
 from ..model.transformer import Transformer
 from ..tokenizer.spans import quoted
 from ..tokenizer.tokenizer import Tokenizer
-from .extract import OnProgress, model_fingerprint
+from .extract import OnProgress
+from .labels import PromptForm
 from .pairs import Pair
-from .prompts import PairIds, PromptForm, balance, encode_pairs, of_each
+from .prompts import PairIds, balance, encode_pairs, map_pairs
 from .propensity import PROTOCOLS, Item, Variants, propensities
 from .report import SteerabilityReport
 from .slopes import MULTIPLIERS
-from .suggest import suggest
+from .suggest import Suggestion, suggest
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is tried of each vector, and how its effect is measured.
+
+    multipliers: at least two different ones. protocol: one of PROTOCOLS. unit: what multiplier 1
+    adds, the "vector" or as much as the states there are long on average ("resid_norm"). seed: of
+    the random vectors and of the bootstrap. Raises ValueError for anything else.
+    """
+
+    multipliers: Sequence[float] = MULTIPLIERS
+    protocol: str = "paper"
+    unit: str = "vector"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol {self.protocol}: there are {', '.join(PROTOCOLS)}")
+        steps = [float(multiplier) for multiplier in self.multipliers]
+        if len(set(steps)) < 2 or not np.isfinite(steps).all():
+            raise ValueError("a slope needs at least two different finite multipliers")
+        object.__setattr__(self, "multipliers", steps)  # frozen, but still being constructed
+        check_unit(self.unit)
 
 
 def steerability(
@@ -44,54 +71,61 @@ def steerability(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> SteerabilityReport:
-    """Sweep places and multipliers over the pairs; the same report on every rank.
+    """Sweep taps and multipliers over the pairs; the same report on every rank.
 
     pairs: those whose keys the vectors name as their origin are left out. point, layers: which
-    of the vectors to try, all of them by default. unit: what multiplier 1 adds, the "vector" or
-    as much as the states there are long on average ("resid_norm"). seed: of the random vectors
-    and of the bootstrap. on_progress(pairs done, all) is called after each pair.
+    of the vectors to try, all of them by default. form: how a pair becomes text. multipliers,
+    protocol, unit, seed: see `Sweep`. on_progress(pairs done, all) is called after each pair.
 
     Raises ValueError for vectors of another width or depth, pairs whose labels are not one token
     or whose text is too long, fewer than two multipliers, and where no pair is left.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol {protocol}: there are {', '.join(PROTOCOLS)}")
-    steps = [float(m) for m in multipliers]
-    if len(set(steps)) < 2 or not np.isfinite(steps).all():
-        raise ValueError("a slope needs at least two different finite multipliers")
+    sweep = Sweep(multipliers, protocol, unit, seed)
     vectors.check(model.config)
-    vectors = _tried(vectors, layers, point)
-    encoded = _held_out(encode_pairs(tokenizer, pairs, form or PromptForm()), vectors)
-    items = of_each(encoded, lambda pair: Item.of(pair, protocol))
-    variants = _variants(model, vectors, vectors.random_like(seed), steps, unit)
-    accessibility, suggested = suggest(model, encoded)
+    encoded = encode_pairs(tokenizer, pairs, form or PromptForm())
+    return steerability_encoded(
+        model, encoded, vectors.select(point, layers), sweep, on_progress=on_progress
+    )
+
+
+def steerability_encoded(
+    model: Transformer,
+    encoded: Sequence[PairIds],
+    vectors: SteeringVectors,
+    sweep: Sweep,
+    *,
+    suggestion: Suggestion | None = None,
+    on_progress: OnProgress | None = None,
+) -> SteerabilityReport:
+    """`steerability` of all `vectors`, which must fit the model, on pairs with labels.
+
+    suggestion: one that was made before; default that of the pairs that are measured.
+    """
+    held_out = _held_out(encoded, vectors)
+    items = map_pairs(held_out, lambda pair: Item.of(pair, sweep.protocol))
+    variants = _variants(model, vectors, sweep)
+    if suggestion is None:
+        suggestion = suggest(model, held_out)
     found = _sweep(model, items, variants, on_progress)
     # [N, E] -> [vector or control, P, N, K]
-    curves = found[:, :-1].view(len(encoded), 2, len(vectors.taps), len(steps))
+    curves = found[:, :-1].view(len(items), 2, len(vectors.taps), len(sweep.multipliers))
     vector, control = curves.permute(1, 2, 0, 3).numpy()
     return SteerabilityReport(
-        protocol=protocol,
-        multipliers=steps,
+        protocol=sweep.protocol,
+        multipliers=list(sweep.multipliers),
         taps=list(vectors.taps),
         propensities=vector,
         control=control,
         baseline_accuracy=float((found[:, -1] > 0).double().mean()),
-        balance=balance(encoded),
-        form=", ".join(sorted({quoted(pair.form) for pair in encoded if pair.form is not None})),
+        balance=balance(held_out),
+        form=", ".join(sorted({quoted(pair.form) for pair in held_out if pair.form is not None})),
         n_train=vectors.origin.n_pairs,
-        unit=unit,
-        accessibility=accessibility,
-        suggested=suggested,
-        seed=seed,
-        item_keys=tuple(pair.key for pair in encoded),
-        warnings=_warnings(model, vectors, len(pairs) - len(encoded)),
-    )
-
-
-def _tried(vectors: SteeringVectors, layers: Layers, point: str | None) -> SteeringVectors:
-    points = dict.fromkeys(tap.point for tap in vectors.taps) if point is None else (point,)
-    return vectors.restricted(
-        tap for name in points for tap in Steering(vectors, layers, name).taps(vectors.n_layers)
+        unit=sweep.unit,
+        accessibility=suggestion.accessibility,
+        suggested=suggestion.tap,
+        seed=sweep.seed,
+        item_keys=tuple(pair.key for pair in held_out),
+        warnings=_warnings(model, vectors, len(encoded) - len(held_out)),
     )
 
 
@@ -106,30 +140,24 @@ def _held_out(pairs: Sequence[PairIds], vectors: SteeringVectors) -> list[PairId
 def _sweep(
     model: Transformer, items: Sequence[Item], variants: Variants, on_progress: OnProgress | None
 ) -> Tensor:
-    """[N, E] float64"""
-    found = torch.empty(len(items), len(variants.places), dtype=torch.float64)
-    for number, item in enumerate(items):
-        found[number] = propensities(model, item, variants)
+    """Propensities [N, E] float64."""
+    found = torch.empty(len(items), len(variants.taps), dtype=torch.float64)
+    for index, item in enumerate(items):
+        found[index] = propensities(model, item, variants)
         if on_progress is not None:
-            on_progress(number + 1, len(items))
+            on_progress(index + 1, len(items))
     return found
 
 
-def _variants(
-    model: Transformer,
-    vectors: SteeringVectors,
-    control: SteeringVectors,
-    multipliers: Sequence[float],
-    unit: str,
-) -> Variants:
-    """Vectors before controls, places in their order, multipliers fastest; at last no edit."""
-    taps = list(vectors.taps)
-    table = torch.stack([own.at(tap) for own in (vectors, control) for tap in taps])
-    factors = [Steering(vectors, [tap.layer], tap.point, unit=unit).scale_at(tap) for tap in taps]
-    scales = torch.tensor(factors * 2)[:, None] * torch.tensor(multipliers)
-    rows = torch.arange(len(table)).repeat_interleave(len(multipliers))
+def _variants(model: Transformer, vectors: SteeringVectors, sweep: Sweep) -> Variants:
+    """Vectors before controls, taps in their order, multipliers fastest; the last is no edit."""
+    taps, control = list(vectors.taps), vectors.random_like(sweep.seed)
+    table = torch.stack([held.at(tap) for held in (vectors, control) for tap in taps])
+    factors = [vectors.unit_scale(tap, sweep.unit) for tap in taps]
+    scales = torch.tensor(factors * 2)[:, None] * torch.tensor(sweep.multipliers)
+    rows = torch.arange(len(table)).repeat_interleave(len(sweep.multipliers))
     return Variants(
-        places=[*(tap for _ in range(2) for tap in taps for _ in multipliers), taps[0]],
+        taps=[*(tap for _ in range(2) for tap in taps for _ in sweep.multipliers), taps[0]],
         vectors=table.to(model.device, model.dtype),
         rows=F.pad(rows, (0, 1)).to(model.device),
         scales=F.pad(scales.flatten().float(), (0, 1)).to(model.device),
@@ -137,8 +165,8 @@ def _variants(
 
 
 def _warnings(model: Transformer, vectors: SteeringVectors, n_left_out: int) -> list[str]:
-    told = []
+    warnings = []
     if n_left_out:
-        told.append(f"{n_left_out} pairs that the vectors were made from are left out")
-    elsewhere = vectors.warning(model_fingerprint(model))
-    return told if elsewhere is None else [*told, elsewhere]
+        warnings.append(f"{n_left_out} pairs that the vectors were made from are left out")
+    other_model = vectors.warning(model_fingerprint(model))
+    return warnings if other_model is None else [*warnings, other_model]

@@ -1,4 +1,4 @@
-"""Which layer to steer, told by the lens before anything is steered.
+"""A layer to steer, suggested by the lens before anything is steered.
 
 Where the lens of a layer already tells the answers of a question apart, a direction for them is
 there to be moved (Billa 2026, arXiv 2604.15557, who measures it for concepts with a known right
@@ -14,6 +14,7 @@ with most blocks after it to act on the change.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,30 +24,36 @@ from ..model.points import Tap
 from ..model.tap_sink import RowTaps
 from ..model.transformer import Transformer
 from ..parallel.head_reduce import token_logits
-from .extract import check_length
-from .prompts import PairIds
+from .prompts import PairIds, check_length
 
 MOST_PAIRS = 64  # that are looked at: enough for a mean
 OF_THE_LARGEST = 0.9
 
 
-def suggest(model: Transformer, pairs: Sequence[PairIds]) -> tuple[list[float], Tap]:
-    """(accessibility of each layer, the place that is suggested); the same on every rank.
+class Suggestion(NamedTuple):
+    """How accessible the answers are to the lens of each layer, and the tap to steer at."""
+
+    accessibility: list[float]  # [L], nats
+    tap: Tap
+
+
+def suggest(model: Transformer, pairs: Sequence[PairIds]) -> Suggestion:
+    """The suggestion of the first MOST_PAIRS pairs, the same on every rank.
 
     Raises ValueError for a pair that is longer than the context.
     """
     gaps = torch.stack([_gaps(model, pair) for pair in pairs[:MOST_PAIRS]])
     accessibility = gaps.mean(0)
     is_near = accessibility >= OF_THE_LARGEST * accessibility.max()
-    return accessibility.tolist(), Tap(int(is_near.int().argmax()), "resid_post")
+    return Suggestion(accessibility.tolist(), Tap(int(is_near.int().argmax()), "resid_post"))
 
 
 @torch.no_grad()
 def _gaps(model: Transformer, pair: PairIds) -> Tensor:
-    """[L] float64, nats."""
+    """How far apart the lens of each layer holds the two labels: [L] float64, nats."""
     assert pair.matching.label_at is not None
     ids = pair.matching.ids[: pair.matching.label_at]
-    check_length(model, len(ids))
+    check_length(len(ids), model.config)
     taps = [Tap(layer, "resid_post") for layer in range(model.config.n_layers)]
     last = torch.zeros(1, dtype=torch.int64, device=model.device)
     capture = RowTaps(taps, last, model.config.d, dtype=model.dtype)

@@ -1,9 +1,12 @@
-"""What a lens saw: per position and tap, the winners and how sure the model was."""
+"""The readings of a lens: per position and tap, the likeliest tokens and how sure the model was."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.record import unpack
-from ..model.points import Tap
+from ..engine.files import require, write_json
+from ..engine.lens_rows import LensRecord
+from ..engine.record import record_width, unpack_rows
+from ..model.points import Tap, check_point
+from .trace_files import check_format, write_html, write_parquet, write_png
+from .trace_grid import Cell, Grid, tap_labels, visible
+
+# what reading a dict of other content raises
+MALFORMED = (
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    IndexError,
+    RuntimeError,
+    OverflowError,
+)
 
 
 @dataclass
 class Trace:
-    """Lens of one text: T positions, P taps, k winners. Tensors lie on the CPU.
+    """Lens of one text: T positions, P taps, k candidates. Tensors lie on the CPU.
 
     A position's prediction is about the token after it; `targets` is the id that
     target_logprob and target_rank speak of, -1 (and NaN, -1 there) where there is none.
@@ -37,36 +55,29 @@ class Trace:
 
     @classmethod
     def empty(cls, taps: tuple[Tap, ...], top_k: int) -> Trace:
-        def floats(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32)
-
-        def ints(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.int64)
-
-        n = len(taps)
-        return cls(
-            taps=taps,
-            positions=ints(0),
-            targets=ints(0),
-            token_ids=ints(0, n, top_k),
-            logprobs=floats(0, n, top_k),
-            entropy=floats(0, n),
-            target_logprob=floats(0, n),
-            target_rank=ints(0, n),
-            kl_to_final=floats(0, n),
-        )
+        """A trace of no position."""
+        rows = torch.empty(0, len(taps), record_width(top_k), dtype=torch.int32)
+        return cls.from_rows(taps, [], [], rows)
 
     @classmethod
-    def of_rows(
+    def from_rows(
         cls, taps: tuple[Tap, ...], positions: list[int], targets: list[int], rows: Tensor
     ) -> Trace:
-        """From packed rows [T, P, width] (see model/reading.py)."""
+        """A trace of packed rows [T, P, width] int32 (see engine/record.py)."""
         return cls(
             taps=taps,
             positions=torch.tensor(positions, dtype=torch.int64),
             targets=torch.tensor(targets, dtype=torch.int64),
-            **vars(unpack(rows)),
+            **vars(unpack_rows(rows)),
         )
+
+    @classmethod
+    def from_record(cls, record: LensRecord) -> Trace:
+        """A trace of all that a lens kept of one text."""
+        rows = record.rows()
+        if rows is None:
+            return cls.empty(record.taps, record.spec.top_k)
+        return cls.from_rows(record.taps, list(record.positions), list(record.targets), rows)
 
     def name_tokens(self, text_of: Callable[[int], str]) -> None:
         """Fill `names` with text_of(id), such as a tokenizer's `token_text`."""
@@ -74,52 +85,159 @@ class Trace:
         self.names = {token: text_of(token) for token in sorted(ids)}
 
     def text_of(self, token_id: int) -> str:
+        """The text of a token, or its id in angle brackets where it has no name."""
         return self.names.get(token_id, f"<{token_id}>")
 
     def token_at(self, position: int) -> str:
         """Text of the token that stands at an absolute position."""
         return self.text_of(self.input_ids[position])
 
-    def target_text(self, at: int) -> str:
-        """Text of the target of the at-th traced position, empty where there is none."""
-        target = int(self.targets[at])
+    def target_text(self, index: int) -> str:
+        """Text of the target of the index-th traced position, empty where there is none."""
+        target = int(self.targets[index])
         return self.text_of(target) if target >= 0 else ""
+
+    def grid(self, indices: Iterable[int] | None = None) -> Grid:
+        """The cells to show, of all traced positions or of those with the given indices in T."""
+        chosen = list(range(len(self.positions)) if indices is None else indices)
+        return Grid(
+            labels=tap_labels(self.taps),
+            tokens=[visible(self.token_at(int(self.positions[index]))) for index in chosen],
+            targets=[visible(self.target_text(index)) for index in chosen],
+            cells=[
+                [self._cell(index, column) for index in chosen] for column in range(len(self.taps))
+            ],
+        )
+
+    def _cell(self, index: int, column: int) -> Cell:
+        ids, logprobs = (x[index, column].tolist() for x in (self.token_ids, self.logprobs))
+        target = None
+        if self.targets[index] >= 0:
+            probability = math.exp(self.target_logprob[index, column])
+            target = int(self.target_rank[index, column]), probability
+        return Cell(
+            candidates=[
+                (visible(self.text_of(token)), math.exp(logprob))
+                for token, logprob in zip(ids, logprobs, strict=True)
+            ],
+            entropy=float(self.entropy[index, column]),
+            kl_to_final=float(self.kl_to_final[index, column]),
+            target=target,
+            is_hit=ids[0] == int(self.targets[index]),
+        )
+
+    def columns(self) -> dict[str, list[Any]]:
+        """A table of T · P · k rows, one per position, tap and candidate.
+
+        `candidate` counts from 0, the likeliest; what is said of a tap or position is repeated.
+        """
+        n_positions, n_taps, k = self.token_ids.shape
+        ids = self.token_ids.flatten().tolist()
+        taps = self.taps * n_positions
+        return {
+            "position": _repeated(self.positions.tolist(), n_taps * k),
+            "layer": _repeated([tap.layer for tap in taps], k),
+            "point": _repeated([tap.point for tap in taps], k),
+            "candidate": list(range(k)) * (n_positions * n_taps),
+            "token_id": ids,
+            "token": [self.text_of(token) for token in ids],
+            "logprob": self.logprobs.flatten().tolist(),
+            "entropy": _repeated(self.entropy.flatten().tolist(), k),
+            "kl_to_final": _repeated(self.kl_to_final.flatten().tolist(), k),
+            "target": _repeated(self.targets.tolist(), n_taps * k),
+            "target_logprob": _repeated(self.target_logprob.flatten().tolist(), k),
+            "target_rank": _repeated(self.target_rank.flatten().tolist(), k),
+        }
+
+    def to_pandas(self) -> Any:
+        """`columns` as a pandas.DataFrame. Raises ValueError where pandas is missing."""
+        require("pandas", "pandas", "to_pandas")
+        import pandas
+
+        return pandas.DataFrame(self.columns())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON; NaN becomes None."""
         content: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, Tensor):
-                value = _without_nan(value.tolist())
-            content[item.name] = value
+            content[item.name] = (
+                _without_nan(value.tolist()) if isinstance(value, Tensor) else value
+            )
         content["taps"] = [list(tap) for tap in self.taps]
         content["names"] = {str(token): text for token, text in self.names.items()}
         return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Trace:
-        """The inverse of `to_dict`."""
-        taps = tuple(Tap(layer, point) for layer, point in content["taps"])
-        top_k = len(content["token_ids"][0][0]) if content["token_ids"] else 0
-        like = cls.empty(taps, top_k)
-        fields = dict(content)
-        for name, value in vars(like).items():
-            if isinstance(value, Tensor):
-                numbers = torch.tensor(_with_nan(content[name]), dtype=value.dtype)
-                fields[name] = numbers.reshape(-1, *value.shape[1:])
-        fields["taps"] = taps
-        fields["names"] = {int(token): text for token, text in content["names"].items()}
-        return cls(**fields)
+        """The inverse of `to_dict`. Raises ValueError for a dict of other content."""
+        try:
+            return cls._from_dict(content)
+        except MALFORMED as error:
+            raise ValueError(f"this is no trace: {type(error).__name__} {error}") from None
+
+    @classmethod
+    def _from_dict(cls, content: dict[str, Any]) -> Trace:
+        taps = tuple(Tap(int(layer), point) for layer, point in content["taps"])
+        for tap in taps:
+            check_point(tap.point)
+        t, p = len(content["positions"]), len(taps)
+        k = len(content["token_ids"][0][0]) if t else 0
+
+        def tensor(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            found = torch.tensor(_with_nan(content[name]), dtype=dtype)
+            if t and found.shape != shape:
+                raise ValueError(f"{name} has shape {list(found.shape)}, not {list(shape)}")
+            return found.reshape(shape)
+
+        return cls(
+            taps=taps,
+            positions=tensor("positions", t, dtype=torch.int64),
+            targets=tensor("targets", t, dtype=torch.int64),
+            token_ids=tensor("token_ids", t, p, k, dtype=torch.int64),
+            logprobs=tensor("logprobs", t, p, k),
+            entropy=tensor("entropy", t, p),
+            target_logprob=tensor("target_logprob", t, p),
+            target_rank=tensor("target_rank", t, p, dtype=torch.int64),
+            kl_to_final=tensor("kl_to_final", t, p),
+            input_ids=[int(token) for token in content["input_ids"]],
+            names={int(token): str(text) for token, text in content["names"].items()},
+        )
 
     def save(self, path: str | Path) -> None:
         """Write to .json, .html, .png or .parquet, by the ending, or nothing at all.
 
         Raises ValueError for another ending, or where the extra package it needs is missing.
         """
-        from .trace_files import save_trace
+        path = Path(path)
+        check_format(path)
+        if path.suffix == ".json":
+            write_json(path, self.to_dict())
+        elif path.suffix == ".parquet":
+            write_parquet(self.columns(), path)
+        elif path.suffix == ".html":
+            write_html(self.grid(), path)
+        else:
+            write_png(self.grid(), path)
 
-        save_trace(self, Path(path))
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a .json file that `save` wrote. Raises ValueError naming a file that is not one."""
+        path = Path(path)
+        if path.suffix != ".json":
+            raise ValueError(
+                f"{path}: a trace is read from .json; the other formats are to look at"
+            )
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _repeated(values: Iterable[Any], times: int) -> list[Any]:
+    return list(itertools.chain.from_iterable(itertools.repeat(x, times) for x in values))
 
 
 def _without_nan(value: Any) -> Any:

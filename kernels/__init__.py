@@ -11,8 +11,11 @@ from .lazy_imports import lazy_package
 __all__ = [
     "MODES",
     "Edits",
+    "HeadOptions",
     "HeadStats",
     "Noise",
+    "RowStats",
+    "SampleStats",
     "Target",
     "decode_attention",
     "decode_attention_reference",
@@ -22,6 +25,7 @@ __all__ = [
     "head_stats_reference",
     "implementation",
     "linear",
+    "mass_above_reference",
     "philox_reference",
     "rmsnorm_reference",
     "rmsnorm_steer",
@@ -44,7 +48,8 @@ if TYPE_CHECKING:
     from .few_rows_linear import linear
     from .gumbel import gumbel_reference, philox_reference
     from .head_stats import head_stats
-    from .head_stats_reference import HeadStats, Noise, Target, head_stats_reference
+    from .head_stats_reference import head_stats_reference, mass_above_reference
+    from .head_types import HeadOptions, HeadStats, Noise, RowStats, SampleStats, Target
     from .rmsnorm_steer import rmsnorm_reference, rmsnorm_steer, rmsnorm_steer_reference
     from .rope import rope_angles_reference, rope_reference
     from .rope_qk import rope_qk, rope_qk_reference
@@ -53,10 +58,13 @@ if TYPE_CHECKING:
 else:
     _HOMES = {
         "Edits": ".edits",
-        "HeadStats": ".head_stats_reference",
+        "HeadOptions": ".head_types",
+        "HeadStats": ".head_types",
         "MODES": ".edits",
-        "Noise": ".head_stats_reference",
-        "Target": ".head_stats_reference",
+        "Noise": ".head_types",
+        "RowStats": ".head_types",
+        "SampleStats": ".head_types",
+        "Target": ".head_types",
         "decode_attention": ".decode_attention",
         "decode_attention_reference": ".decode_attention",
         "edit_reference": ".edits",
@@ -65,6 +73,7 @@ else:
         "head_stats_reference": ".head_stats_reference",
         "implementation": ".dispatch",
         "linear": ".few_rows_linear",
+        "mass_above_reference": ".head_stats_reference",
         "philox_reference": ".gumbel",
         "rmsnorm_reference": ".rmsnorm_steer",
         "rmsnorm_steer": ".rmsnorm_steer",

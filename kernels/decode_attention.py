@@ -39,7 +39,24 @@ LOG2_E = 1 / math.log(2)
 def decode_attention_reference(
     q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *, span: int | None = None
 ) -> Tensor:
-    """What the cache holds beyond a length meets a weight of 0 and must be finite."""
+    """Each request alone on a CPU, so that its bits do not depend on the others' lengths.
+
+    Elsewhere, where reading a length would wait for the device, all together under a mask: what the
+    cache holds beyond a length then meets a weight of 0 and must be finite.
+    """
+    if lengths.is_cpu:
+        alone = [
+            F.scaled_dot_product_attention(
+                q[at, None, :, None],
+                keys[at, None, :, :n],
+                values[at, None, :, :n],
+                enable_gqa=True,
+            )
+            if n > 0
+            else q.new_zeros(1, q.shape[1], 1, q.shape[2])
+            for at, n in enumerate(lengths.tolist())
+        ]
+        return torch.cat(alone)[:, :, 0] if alone else q.clone()
     keys, values = keys[:, :, :span], values[:, :, :span]
     index = torch.arange(keys.shape[2], device=q.device)
     visible = (index < lengths[:, None])[:, None, None]  # [B, 1, 1, S]

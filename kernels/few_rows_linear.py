@@ -1,4 +1,4 @@
-"""A linear layer that reads its weight once, in place, where few rows meet it on a CPU.
+"""A linear layer that reads its weight once, in place, for few rows on a CPU.
 
     y = x · Wᵀ + b                                x [..., K], W [N, K], b [N], y [..., N]
 
@@ -7,7 +7,7 @@ PyTorch on x86, reads it slower: its product with one row runs on one thread, an
 rows copies W into another layout first. As a batch of products with PART rows of W each, every
 thread has its own parts, which stay in its cache. Between 4 and 32 rows even those copies cost
 more than the reading. oneDNN's 1 x 1 convolution copies nothing: to it the rows of W are N pixels
-of K channels, which lie as they must, and the rows of x a small kernel.
+of K channels, already in the layout it wants, and the rows of x are a small kernel.
 
 This only changes how the sum is formed: the reference is F.linear, and whatever is not a plain
 product of few rows goes to it. The convolution adds its K products one after another, which
@@ -40,12 +40,34 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N], contiguous; as F.linear up to rounding."""
     if not _parts_pay(x, weight, bias):
-        return F.linear(x, weight, bias)
+        return _plain(x, weight, bias)
     rows = rows_of(x)
     y = (_convolved if _convolution_pays(rows, weight) else _in_parts)(rows, weight)
     if bias is not None:
         y += bias
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear; of few float32 rows on a CPU, each with the bits that it has among any others.
+
+    MKL multiplies the rows left over by its blocks of them with other code, which rounds otherwise,
+    and a request should depend neither on its slot nor on how many run beside it. So rows are
+    filled up to whole blocks. One row of a large weight is left alone: it would take twice as long.
+    """
+    n_rows = x.numel() // x.shape[-1]
+    is_whole = n_rows % ROWS_AT_ONCE == 0 or n_rows > MOST_ROWS
+    if is_whole or (n_rows == 1 and weight.numel() >= LEAST_WEIGHTS):
+        return F.linear(x, weight, bias)
+    if not (x.is_cpu and x.dtype == torch.float32) or through_op(x, weight, bias):
+        return F.linear(x, weight, bias)
+    y = F.linear(_whole_blocks(rows_of(x)), weight, bias)[:n_rows]
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _whole_blocks(rows: Tensor) -> Tensor:
+    """Rows [M, K] and zeros below, a multiple of ROWS_AT_ONCE in all."""
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % ROWS_AT_ONCE))
 
 
 def _parts_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -65,6 +87,9 @@ def _parts_pay(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, K], weight [N, K] -> [M, N]. Views are made at once: a decode step makes hundreds."""
+    n_given = x.shape[0]
+    if n_given > 1:  # see `_plain`
+        x = _whole_blocks(x)
     (n_rows, width), row_stride = x.shape, weight.stride(0)
     n_parts, rest = divmod(weight.shape[0], PART)
     parts = weight.as_strided((n_parts, width, PART), (PART * row_stride, 1, row_stride))
@@ -72,7 +97,8 @@ def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
     products = torch.bmm(repeated, parts)  # [n, M, PART]
     cut = n_parts * PART
     y = products.view(1, cut) if n_rows == 1 else products.transpose(0, 1).reshape(n_rows, cut)
-    return torch.cat((y, x @ weight[cut:].T), -1) if rest else y
+    y = torch.cat((y, x @ weight[cut:].T), -1) if rest else y
+    return y[:n_given]
 
 
 def _convolution_pays(x: Tensor, weight: Tensor) -> bool:
@@ -88,7 +114,7 @@ def _convolution_pays(x: Tensor, weight: Tensor) -> bool:
 def _convolved(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, K], weight [N, K] -> [M, N]."""
     (n_rows, k), n = x.shape, weight.shape[0]
-    x = F.pad(x, (0, 0, 0, -n_rows % ROWS_AT_ONCE)).contiguous()
+    x = _whole_blocks(x).contiguous()
     pixels = weight.as_strided((1, k, n, 1), (n * k, 1, k, k))  # channels last
     kernel = x.as_strided((x.shape[0], k, 1, 1), (k, 1, k, k))
     y = F.conv2d(pixels, kernel)  # [1, padded M, N, 1]

@@ -43,7 +43,7 @@ def philox_reference(counter: tuple[Tensor, Tensor], seed: Tensor) -> Tensor:
 def gumbel_reference(seed: Tensor, step: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise, float32; seed, step, token_ids int64, broadcast together.
 
-    U is taken as 1 - v with v on a grid of 2^-32, so the noise of likely winners (U near 1, v
+    U is taken as 1 - v with v on a grid of 2^-32, so the noise of likely samples (U near 1, v
     near 0) is finely resolved in float32; the largest value is 22.9.
     """
     seed, step, token_ids = torch.broadcast_tensors(seed, step, token_ids)

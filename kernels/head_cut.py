@@ -4,7 +4,7 @@ A tile of rows meets a share of the slice's ids in one piece of work. As many pr
 processors hold at once, each doing one piece after another in a tile of logits of its own:
 
     extra memory    programs · rows · width · 4         the tiles; width: ids of a tile, or half
-                  + shares · R · (8 K2 + 24)            winners and sums; K2: k, to a power of two
+                  + shares · R · (8 K2 + 24)            candidates and sums; K2: k, to a power of 2
                   + R · (12 k + 28)                     the results
 
 Of the numbers of shares, the fewest is taken that keeps the processors busy within 1/32 of the
@@ -19,12 +19,12 @@ from functools import lru_cache
 
 import torch
 
+from .blocks import HEAD_LEAST_ROWS, HEAD_TILE_IDS, HEAD_TILE_ROWS, PROGRAMS_PER_PROCESSOR
 from .head_stats_kernel import N_SUMS
 from .launch import Chip, Config, fewest_parts
 from .triton_shim import triton
 
 MOST_K = 64
-TILE_ROWS = 128
 # Rows and ids of a tile, columns per step, ids of a part, bulk loads; warps; stages. Rows, ids of a
 # part and warps are the same for as many rows: they alone decide how sums are rounded.
 FEW: dict[int, tuple[Config, ...]] = {
@@ -51,7 +51,6 @@ FLOAT32 = {
     128: Config((128, 32, 32, 16, 0), 8, 3),
 }
 INTERPRETED = (128, 64, 64, 0)
-MOST_PROGRAMS = 2  # of a processor: registers hold no more
 GOOD_FILL = 31 / 32
 BUDGET_ROWS, BUDGET = 4096, 0.01  # of bf16 logits
 
@@ -61,7 +60,7 @@ class Cut:
     """Configurations that give the same bits, best guess first, and how the work is divided."""
 
     configs: tuple[Config, ...]
-    tile_rows: int  # of which whole groups fill a tile
+    tile_rows: int  # of a tile: whole requests
     row_tiles: int
     share: int  # ids
     shares: int
@@ -69,18 +68,18 @@ class Cut:
 
     @property
     def pieces(self) -> int:
-        """Of work: of every tile of rows each share."""
+        """Pieces of work: every tile of rows meets every share."""
         return self.row_tiles * self.shares
 
 
 def configs_of(n_rows: int, dtype: torch.dtype, chip: Chip, bulk: bool) -> tuple[Config, ...]:
-    """What may run on this chip, best guess first; never empty. bulk: with bulk loads, too."""
-    rows = max(16, triton.next_power_of_2(n_rows))
+    """Configurations for this chip, best guess first; never empty. bulk: with bulk loads, too."""
+    rows = max(HEAD_LEAST_ROWS, triton.next_power_of_2(n_rows))
     if chip.capability == 0:  # the interpreter, whose cost is the number of programs and tiles
-        return (Config((min(TILE_ROWS, rows), *INTERPRETED), 4),)
+        return (Config((min(HEAD_TILE_ROWS, rows), *INTERPRETED), 4),)
     if dtype == torch.float32:
-        return (FLOAT32[min(rows, TILE_ROWS)],)
-    offered = FEW[rows] if rows <= TILE_ROWS else _for_many_rows(chip, bulk)
+        return (FLOAT32[min(rows, HEAD_TILE_ROWS)],)
+    offered = FEW[rows] if rows <= HEAD_TILE_ROWS else _for_many_rows(chip, bulk)
     # tiles meant for bulk loads need more registers without them
     offered = tuple(c for c in offered if bulk or not c.tile[4])
     fitting = tuple(c for c in offered if chip.resident(program_bytes(c, dtype))) or offered[-1:]
@@ -102,41 +101,40 @@ def program_bytes(config: Config, dtype: torch.dtype) -> int:
 def tile_width(config: Config) -> int:
     """Ids of a tile that go through memory at once: half of a large tile, which bounds it."""
     rows, ids = config.tile[:2]
-    return ids // 2 if rows * ids > TILE_ROWS * 128 else ids
+    return ids // 2 if rows * ids > HEAD_TILE_ROWS * HEAD_TILE_IDS else ids
 
 
 @lru_cache(maxsize=512)
 def cut(
     n_rows: int,
     n_ids: int,
-    group_size: int,
+    rows_per_request: int,
     k: int,
     dtype: torch.dtype,
     chip: Chip,
     bulk: bool,
 ) -> Cut:
-    """For R rows, whose groups fit a tile, over a slice of so many ids: neither may be 0."""
+    """For R rows, whose requests fit a tile, over a slice of so many ids: neither may be 0."""
     configs = configs_of(n_rows, dtype, chip, bulk)
     first = configs[0]  # the others share the work in the same way, so that sums round alike
     rows, ids = first.tile[:2]
-    tile_rows = rows if n_rows <= rows else rows // group_size * group_size
+    tile_rows = rows if n_rows <= rows else rows // rows_per_request * rows_per_request
     row_tiles = triton.cdiv(n_rows, tile_rows)
-    places = chip.processors * max(
-        1, min(MOST_PROGRAMS, chip.resident(program_bytes(first, dtype)))
-    )
+    resident = chip.resident(program_bytes(first, dtype))
+    at_once = chip.processors * max(1, min(PROGRAMS_PER_PROCESSOR, resident))
 
     def size(shares: int) -> int:
-        programs = min(row_tiles * shares, places)
+        programs = min(row_tiles * shares, at_once)
         return extra_bytes(n_rows, shares, programs, k, first)
 
-    most = min(triton.cdiv(n_ids, ids), places)
+    most = min(triton.cdiv(n_ids, ids), at_once)
     if n_rows >= BUDGET_ROWS:
         budget = BUDGET * 2 * n_rows * n_ids
         most = next((shares for shares in range(most, 0, -1) if size(shares) < budget), most)
-    shares = fewest_parts(row_tiles, most, places, GOOD_FILL)
+    shares = fewest_parts(row_tiles, most, at_once, GOOD_FILL)
     share = 16 * triton.cdiv(triton.cdiv(n_ids, shares), 16)
     shares = triton.cdiv(n_ids, share)
-    return Cut(configs, tile_rows, row_tiles, share, shares, min(row_tiles * shares, places))
+    return Cut(configs, tile_rows, row_tiles, share, shares, min(row_tiles * shares, at_once))
 
 
 def extra_bytes(n_rows: int, shares: int, programs: int, k: int, config: Config) -> int:

@@ -12,25 +12,20 @@ many rows  (prefill): tiles of 128 rows times a few shares; bound by the matrix 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .blocks import HEAD_TILE_ROWS
 from .dispatch import use_triton
-from .head_cut import MOST_K, TILE_ROWS, Cut, cut, tile_width
+from .head_cut import MOST_K, Cut, cut, tile_width
 from .head_stats_kernel import N_SUMS, dot_precision, head_kernel, merge_kernel
-from .head_stats_reference import (
-    HeadStats,
-    Noise,
-    Target,
-    check_groups,
-    empty_stats,
-    head_stats_reference,
-)
+from .head_stats_reference import stream_head
+from .head_types import HeadOptions, HeadStats, Noise, RowStats, SampleStats, Target
 from .launch import Chip, Config, chip_of, choose, launch
-from .rmsnorm_steer import rmsnorm_reference
 from .triton_shim import triton
 
 # Left without a number, the assembler at times aims lower, for more programs at once, and spills.
@@ -50,103 +45,114 @@ def runs_kernel(x: Tensor, weight: Tensor, k: int) -> bool:
     return use_triton(x) and is_served
 
 
-def cut_of(x: Tensor, weight: Tensor, k: int, group_size: int) -> Cut:
+def cut_of(x: Tensor, weight: Tensor, k: int, rows_per_request: int) -> Cut:
     """How the kernel is cut for these rows, of which there are some, and this slice."""
     chip = chip_of(x.device)
     bulk = has_bulk_loads(chip, x, weight)
-    return cut(x.shape[0], weight.shape[0], group_size, k, x.dtype, chip, bulk)
+    return cut(x.shape[0], weight.shape[0], rows_per_request, k, x.dtype, chip, bulk)
 
 
-def _launch(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    first_id: int,
-    scale: Tensor | None,
-    target: Target | None,
-    group_size: int,
-    noise: Noise | None,
-    norm_weight: Tensor | None,
-    eps: float,
-) -> HeadStats:
-    """The kernels on rows x [R, d] whose groups fit a tile; noise only up to TILE_ROWS rows."""
-    n_keyed, n_best = (0, 0) if noise is None else (noise.seed.shape[0], noise.n_best)
-    out = empty_stats(x.shape[0], n_keyed, n_best, k, x.device)
+@dataclass(frozen=True)
+class _Parts:
+    """The candidates and sums of each share of the slice, which `merge_kernel` merges."""
+
+    logits: Tensor  # [S, R, K2] float32
+    ids: Tensor  # [S, R, K2] int32
+    sums: Tensor  # [S, R, N_SUMS]
+    samples: tuple[Tensor | None, ...]  # keys, ids, logits [S, B, N2]; None without noise
+
+    @classmethod
+    def empty(cls, out: HeadStats, shares: int) -> _Parts:
+        def new(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+            size = triton.next_power_of_2(like.shape[1])
+            return torch.empty(shares, like.shape[0], size, dtype=dtype, device=like.device)
+
+        logits = out.rows.logits
+        sums = logits.new_empty(shares, logits.shape[0], N_SUMS)
+        samples: tuple[Tensor | None, ...] = (None, None, None)
+        if out.samples is not None:
+            keys = out.samples.keys
+            samples = (new(keys), new(keys, torch.int32), new(keys))
+        return cls(new(logits), new(logits, torch.int32), sums, samples)
+
+
+def _launch(x: Tensor, weight: Tensor, options: HeadOptions) -> HeadStats:
+    """The kernels on rows x [R, d] whose requests fit a tile; noise only up to so many rows."""
+    out = HeadStats.empty(x.shape[0], options, x.device)
     if x.shape[0] and weight.shape[0]:
-        work = cut_of(x, weight, k, group_size)
-        run = partial(
-            _run, out, work, x, weight, first_id, scale, target, group_size, noise, norm_weight, eps
-        )
+        work = cut_of(x, weight, options.k, options.rows_per_request)
+        run = partial(_run, out, work, x, weight, options)
         key = (
-            "head_stats", x.shape[0] > TILE_ROWS, triton.next_power_of_2(x.shape[0]),
-            tuple(weight.shape), x.dtype, k, target is None, group_size > 1,
-            noise is None, norm_weight is None,
+            "head_stats", x.shape[0] > HEAD_TILE_ROWS, triton.next_power_of_2(x.shape[0]),
+            tuple(weight.shape), x.dtype, options.k, options.target is None,
+            options.rows_per_request > 1, options.noise is None,
         )  # fmt: skip
         run(choose(key, x.device, work.configs, run))
     return out
 
 
 def _run(
-    out: HeadStats,
-    work: Cut,
-    x: Tensor,
-    weight: Tensor,
-    first_id: int,
-    scale: Tensor | None,
-    target: Target | None,
-    group_size: int,
-    noise: Noise | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    config: Config,
+    out: HeadStats, work: Cut, x: Tensor, weight: Tensor, options: HeadOptions, config: Config
+) -> None:
+    parts = _Parts.empty(out, work.shares)
+    _run_shares(parts, work, x, weight, options, config)
+    _merge_shares(out, parts, work, options)
+
+
+def _run_shares(
+    parts: _Parts, work: Cut, x: Tensor, weight: Tensor, options: HeadOptions, config: Config
 ) -> None:
     (n_rows, d), n_ids = x.shape, weight.shape[0]
     rows, ids, columns, part, wants_bulk = config.tile
-    k = out.values.shape[1]
-    n_keyed, n_best = out.key_ids.shape
+    noise = options.noise
+    n_samples, n_best = _sample_shape(noise)
     seed, step = (None, None) if noise is None else (noise.seed, noise.step)
-    key_place = 0 if noise is None else noise.place
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-    def ints(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=x.device)
-
-    k_2, n_2 = triton.next_power_of_2(k), triton.next_power_of_2(max(1, n_best))
-    winners = (floats(work.shares, n_rows, k_2), ints(work.shares, n_rows, k_2))
-    sums = floats(work.shares, n_rows, N_SUMS)
-    keys = tuple(make(work.shares, n_keyed, n_2) for make in (floats, ints, floats))
     width = tile_width(config)
-    tiles = floats(work.programs, rows, width)
+    tiles = torch.empty(work.programs, rows, width, dtype=torch.float32, device=x.device)
     bulk = bool(wants_bulk)
     launch(
         head_kernel,
         (work.programs,),
         _described(x, [rows, columns], bulk), _described(weight, [ids, columns], bulk),
-        norm_weight, _adjacent(scale), *_target_arguments(target, first_id),
+        _adjacent(options.scale), *_target_arguments(options.target, options.first_id),
         _adjacent(seed), _adjacent(step),
-        *winners, sums, *keys, tiles,
+        parts.logits, parts.ids, parts.sums, *parts.samples, tiles,
         n_rows, n_ids, d, x.stride(0), weight.stride(0),
-        0 if norm_weight is None else norm_weight.stride(0),
-        work.pieces, work.share, work.tile_rows, work.row_tiles,
-        group_size, n_keyed, key_place, first_id, eps,
-        K=k, K2=k_2, N=n_best, N2=n_2, BB=min(rows, triton.next_power_of_2(max(1, n_keyed))),
+        work.pieces, work.share, work.tile_rows, work.row_tiles, options.rows_per_request,
+        n_samples, 0 if noise is None else noise.sample_row, options.first_id,
+        K=options.k, K2=parts.logits.shape[2], N=n_best, N2=triton.next_power_of_2(max(1, n_best)),
+        BB=min(rows, triton.next_power_of_2(max(1, n_samples))),
         BR=rows, BV=ids, BD=columns, BP=min(part, width), HALVES=ids // width,
-        EVEN_D=d % columns == 0, BULK=bulk, NORMED=norm_weight is None, SCALED=scale is not None,
-        TARGET=target is not None, GROUPED=group_size > 1, NOISE=n_keyed > 0,
-        PRECISION=dot_precision(x.dtype),
+        EVEN_D=d % columns == 0, BULK=bulk, SCALED=options.scale is not None,
+        TARGET=options.target is not None, GROUPED=options.rows_per_request > 1,
+        NOISE=n_samples > 0, PRECISION=dot_precision(x.dtype),
         num_warps=config.warps, num_stages=config.stages, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
+
+
+def _merge_shares(out: HeadStats, parts: _Parts, work: Cut, options: HeadOptions) -> None:
+    rows, samples = out.rows, out.samples
+    n_samples, n_best = _sample_shape(options.noise)
+    best: tuple[Tensor | None, ...] = (None, None, None)
+    if samples is not None:
+        best = (samples.token_ids, samples.logits, samples.keys)
     launch(
         merge_kernel,
-        (n_rows,),
-        *winners, sums, *keys,
-        *vars(out).values(),
-        n_rows, n_keyed, work.shares, group_size, first_id,
-        K=k, K2=k_2, N=n_best, N2=n_2, S2=triton.next_power_of_2(work.shares), NOISE=n_keyed > 0,
+        (rows.max.shape[0],),
+        parts.logits, parts.ids, parts.sums, *parts.samples,
+        rows.token_ids, rows.logits, rows.max, rows.sum_exp, rows.sum_dev, rows.cross,
+        rows.target_logit, rows.target_rank,
+        *best,
+        rows.max.shape[0], n_samples, work.shares, options.rows_per_request, options.first_id,
+        K=options.k, K2=parts.logits.shape[2], N=n_best, N2=triton.next_power_of_2(max(1, n_best)),
+        S2=triton.next_power_of_2(work.shares), NOISE=n_samples > 0,
         num_warps=2, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
+
+
+def _sample_shape(noise: Noise | None) -> tuple[int, int]:
+    """(sampled rows, candidates of each)."""
+    return (0, 0) if noise is None else (noise.seed.shape[0], noise.n_best)
 
 
 def _adjacent(row_values: Tensor | None) -> Tensor | None:
@@ -170,123 +176,123 @@ def _target_arguments(target: Target | None, first_id: int) -> tuple[Tensor | No
     return local, target.logits - target.slack, target.logits + target.slack
 
 
-def _in_pieces(n_rows: int, group_size: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Rows for groups longer than a tile: (index of rows in order, places of the originals, size).
+def _launch_in_pieces(x: Tensor, weight: Tensor, options: HeadOptions) -> RowStats:
+    """The kernels on requests longer than a tile."""
+    index, inverse, size = _in_pieces(x.shape[0], options.rows_per_request, x.device)
+    pieces = replace(options.without_noise(index), rows_per_request=size)
+    return _launch(x[index], weight, pieces).rows.rows(inverse)
 
-    Each group becomes pieces of up to TILE_ROWS rows, each with the reference row as its last.
+
+def _in_pieces(
+    n_rows: int, rows_per_request: int, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    """Rows for requests longer than a tile: (index of rows in order, its inverse, piece's size).
+
+    Each request becomes pieces of up to HEAD_TILE_ROWS rows, each with the request's last row, the
+    reference of KL, as its last.
     """
-    others = group_size - 1
-    n_pieces = triton.cdiv(others, TILE_ROWS - 1)
+    others = rows_per_request - 1
+    n_pieces = triton.cdiv(others, HEAD_TILE_ROWS - 1)
     per_piece = triton.cdiv(others, n_pieces)
-    place = torch.arange(n_pieces * (per_piece + 1), device=device).view(n_pieces, -1)
+    slot = torch.arange(n_pieces * (per_piece + 1), device=device).view(n_pieces, -1)
     piece = torch.arange(n_pieces, device=device)[:, None]
-    in_group = (piece * per_piece + place % (per_piece + 1)).clamp(max=others)
-    in_group[:, -1] = others
-    groups = torch.arange(n_rows // group_size, device=device)[:, None]
-    index = (groups * group_size + in_group.flatten()).flatten()
+    row = (piece * per_piece + slot % (per_piece + 1)).clamp(max=others)
+    row[:, -1] = others
+    request = torch.arange(n_rows // rows_per_request, device=device)[:, None]
+    index = (request * rows_per_request + row.flatten()).flatten()
     at = torch.arange(others, device=device)
-    at = torch.cat((at // per_piece * (per_piece + 1) + at % per_piece, place[-1:, -1]))
-    places = (groups * place.numel() + at).flatten()
-    return index, places, per_piece + 1
+    at = torch.cat((at // per_piece * (per_piece + 1) + at % per_piece, slot[-1:, -1]))
+    inverse = (request * slot.numel() + at).flatten()
+    return index, inverse, per_piece + 1
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    first_id: int,
-    scale: Tensor | None,
-    target: Target | None,
-    group_size: int,
-    noise: Noise | None,
-    norm_weight: Tensor | None,
-    eps: float,
-) -> HeadStats:
-    if not runs_kernel(x, weight, k):
-        x = x if norm_weight is None else rmsnorm_reference(x, norm_weight, eps)
-        return head_stats_reference(
-            x, weight, k=k, first_id=first_id, scale=scale, target=target,
-            group_size=group_size, noise=noise,
-        )  # fmt: skip
-    x, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weight))
-    run = partial(_launch, weight=weight, first_id=first_id, norm_weight=norm_weight, eps=eps)
-    if group_size > TILE_ROWS:
-        index, places, size = _in_pieces(x.shape[0], group_size, x.device)
-        stats = run(
-            x[index], k=k, scale=None if scale is None else scale[index],
-            target=None if target is None else target.rows(index), group_size=size, noise=None,
-        )  # fmt: skip
-        stats = HeadStats(
-            **{
-                name: value if name.startswith("key_") else value[places]
-                for name, value in vars(stats).items()
-            }
-        )
-    else:
-        with_noise = noise if x.shape[0] <= TILE_ROWS else None
-        stats = run(x, k=k, scale=scale, target=target, group_size=group_size, noise=with_noise)
-        if with_noise is noise:
-            return stats
-    if noise is None:
-        return stats
-    # Rows to sample from are few; the kernel for many rows has no room for noise.
-    sampled = noise.of_rows(x, group_size)
-    sampled_scale = None if scale is None else noise.of_rows(scale, group_size)
+def _launch_samples(x: Tensor, weight: Tensor, options: HeadOptions, noise: Noise) -> SampleStats:
+    """The samples alone: their rows are few, and the kernel for many rows has no room for noise."""
+    size = options.rows_per_request
+    rows = noise.sampled(x, size)
+    scale = None if options.scale is None else noise.sampled(options.scale, size)
     parts = []
-    for start in range(0, noise.seed.shape[0], TILE_ROWS):
-        rows = slice(start, min(noise.seed.shape[0], start + TILE_ROWS))
-        keyed = Noise(noise.seed[rows], noise.step[rows], noise.n_best)  # each a group of its own
-        own_scale = None if sampled_scale is None else sampled_scale[rows]
-        parts.append(
-            run(sampled[rows], k=1, scale=own_scale, target=None, group_size=1, noise=keyed)
+    for start in range(0, max(1, len(rows)), HEAD_TILE_ROWS):
+        block = slice(start, start + HEAD_TILE_ROWS)
+        block_options = HeadOptions(
+            k=1,
+            first_id=options.first_id,
+            scale=None if scale is None else scale[block],
+            noise=Noise(noise.seed[block], noise.step[block], noise.n_best),
         )
-    for name in ("key_values", "key_ids", "key_logits"):
-        setattr(stats, name, torch.cat([getattr(part, name) for part in parts]))
-    return stats
+        samples = _launch(rows[block], weight, block_options).samples
+        assert samples is not None
+        parts.append(samples)
+    return SampleStats.joined(parts)
+
+
+def _forward(x: Tensor, weight: Tensor, options: HeadOptions) -> HeadStats:
+    if not runs_kernel(x, weight, options.k):
+        return stream_head(x, weight, options)
+    x, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weight))
+    noise = options.noise
+    if options.rows_per_request > HEAD_TILE_ROWS:
+        rows = _launch_in_pieces(x, weight, options)
+    elif noise is None or x.shape[0] <= HEAD_TILE_ROWS:
+        return _launch(x, weight, options)
+    else:
+        rows = _launch(x, weight, options.without_noise()).rows
+    return HeadStats(rows, None if noise is None else _launch_samples(x, weight, options, noise))
 
 
 @torch.library.custom_op("shardlens::head_stats", mutates_args=())
 def _op(
     x: Tensor,
     weight: Tensor,
-    k: int,
-    first_id: int,
     scale: Tensor | None,
     target: Sequence[Tensor],
-    group_size: int,
     noise: Sequence[Tensor],
-    n_best: int,
-    place: int,
-    norm_weight: Tensor | None,
-    eps: float,
+    numbers: Sequence[int],
 ) -> list[Tensor]:
-    """`head_stats` with its target and noise as lists of tensors, empty for none."""
-    own_target = Target(*target) if target else None
-    own_noise = Noise(noise[0], noise[1], n_best, place) if noise else None
-    stats = _forward(
-        x, weight, k, first_id, scale, own_target, group_size, own_noise, norm_weight, eps
-    )
-    return list(vars(stats).values())
+    """`head_stats` with `_flat` options; the tensors of its result."""
+    return list(_forward(x, weight, _options(scale, target, noise, numbers)).tensors().values())
 
 
 @_op.register_fake
 def _(
     x: Tensor,
     weight: Tensor,
-    k: int,
-    first_id: int,
     scale: Tensor | None,
     target: Sequence[Tensor],
-    group_size: int,
     noise: Sequence[Tensor],
-    n_best: int,
-    place: int,
-    norm_weight: Tensor | None,
-    eps: float,
+    numbers: Sequence[int],
 ) -> list[Tensor]:
-    n_keyed = noise[0].shape[0] if noise else 0
-    stats = empty_stats(x.shape[0], n_keyed, n_best if noise else 0, k, x.device)
-    return list(vars(stats).values())
+    options = _options(scale, target, noise, numbers)
+    return list(HeadStats.empty(x.shape[0], options, x.device).tensors().values())
+
+
+def _flat(options: HeadOptions) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[int]]:
+    """Options as an operator takes them: a target and noise as lists of tensors, empty for none."""
+    target, noise = options.target, options.noise
+    numbers = [options.k, options.first_id, options.rows_per_request]
+    if noise is not None:
+        numbers += [noise.n_best, noise.sample_row]
+    return (
+        options.scale,
+        [] if target is None else [target.ids, target.logits, target.slack],
+        [] if noise is None else [noise.seed, noise.step],
+        numbers,
+    )
+
+
+def _options(
+    scale: Tensor | None, target: Sequence[Tensor], noise: Sequence[Tensor], numbers: Sequence[int]
+) -> HeadOptions:
+    """The inverse of `_flat`."""
+    k, first_id, rows_per_request, *noise_numbers = numbers
+    return HeadOptions(
+        k,
+        first_id,
+        scale,
+        Target(*target) if target else None,
+        rows_per_request,
+        Noise(noise[0], noise[1], *noise_numbers) if noise else None,
+    )
 
 
 def head_stats(
@@ -297,33 +303,20 @@ def head_stats(
     first_id: int = 0,
     scale: Tensor | None = None,
     target: Target | None = None,
-    group_size: int = 1,
+    rows_per_request: int = 1,
     noise: Noise | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
 ) -> HeadStats:
     """Statistics of the logits x · weightᵀ of R rows over a slice of the vocabulary.
 
     x [R, d], weight [Vs, d] of one dtype (float32, bfloat16, float16), sums in float32; ids are
-    counted from first_id. k: winners; above MOST_K the reference runs. scale [R] float32 multiplies
-    each row's logits first. target, noise: see `Target`, `Noise`. group_size: rows come in groups
-    of this many, the last of which KL is measured from. norm_weight [d]: rows are un-normed, and
-    the RMSNorm with `eps` is applied on the way, 1/rms to the products. Not differentiable.
-    Raises ValueError for k below 1, shapes that do not fit, or broken groups.
+    counted from first_id. k: candidates kept per row; above MOST_K the reference runs. scale [R]
+    float32 multiplies each row's logits first (an inverse temperature). target, noise: see
+    `Target`, `Noise`. rows_per_request: so many rows follow each other in a request, and KL is
+    measured from the last of them; with 1 `cross` is 0. Not differentiable.
+    Raises ValueError for k below 1, shapes that do not fit, or requests that are cut.
     """
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"rows {list(x.shape)} and weight {list(weight.shape)} do not fit")
-    if k < 1:
-        raise ValueError(f"k of {k} is below 1")
-    check_groups(x.shape[0], group_size, noise)
+    options = HeadOptions(k, first_id, scale, target, rows_per_request, noise)
+    options.check(x, weight)
     if not torch.compiler.is_compiling():  # nothing here has a gradient
-        return _forward(x, weight, k, first_id, scale, target, group_size, noise, norm_weight, eps)
-    flat_target = [] if target is None else [target.ids, target.logits, target.slack]
-    flat_noise, n_best, place = [], 0, 0
-    if noise is not None:
-        flat_noise, n_best, place = [noise.seed, noise.step], noise.n_best, noise.place
-    found = torch.ops.shardlens.head_stats(
-        x, weight, k, first_id, scale, flat_target, group_size, flat_noise, n_best, place,
-        norm_weight, eps,
-    )  # fmt: skip
-    return HeadStats(*found)
+        return _forward(x, weight, options)
+    return HeadStats.of_tensors(torch.ops.shardlens.head_stats(x, weight, *_flat(options)))

@@ -6,20 +6,20 @@ z = x · Wᵀ in float32, then the running statistics of `head_stats_reference`,
 second kernel merges the shares. Legend: BR rows and BV ids of a tile, BD columns of x and W per
 step of the product, BP ids of a part that is looked at, S shares.
 
-Winners are kept unsorted, in memory that the caches hold. A part costs one comparison of its row
-maxima with the rows' worst winners; only while some row's maximum beats its worst is the best id
-taken out of the part and put in that one's place. Shares are walked in the order of ids, and ties
-within a part taken lowest id first, so a tie never replaces a winner, which leaves the lower id.
+Candidates for the top-k are kept unsorted, in memory that the caches hold. A part costs one
+comparison of its row maxima with the rows' worst candidates; only while some row's maximum beats
+its worst is the best id taken out of the part and put in that one's slot. Shares are walked in the
+order of ids, and ties within a part taken lowest id first, so a tie never replaces a candidate,
+which leaves the lower id.
 
-KL needs the reference row's logits beside each row's own: tiles hold whole groups, and the
-reference row is read from the tile.
+KL needs the logits of each request's last row beside each row's own: tiles hold whole requests, and
+the last row is read from the tile.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .rounding import inverse_rms
 from .triton_shim import tl, triton
 
 _NO_ID = tl.constexpr(2**31 - 1)
@@ -55,10 +55,10 @@ def _gumbel(seed, step, ids):
 def _keep_best(
     z, payload, worst, column, kept_values, kept_ids, kept_payload, inside, PAYLOAD: tl.constexpr
 ):
-    """Merge a tile z [BR, BV] of ids column [BV] into the winners kept in memory [BR, K2].
+    """Merge a tile z [BR, BV] of ids column [BV] into the candidates kept in memory [BR, K2].
 
-    worst [BR]: the rows' worst winner; the new one is returned. kept_*: pointers [BR, K2]. With
-    PAYLOAD, kept_payload gets what stands in `payload` [BR, BV] at each winner.
+    worst [BR]: the rows' worst candidate; the new one is returned. kept_*: pointers [BR, K2]. With
+    PAYLOAD, kept_payload gets the numbers of `payload` [BR, BV] at each candidate.
     """
     top = tl.max(z, 1)
     if tl.max((top > worst).to(tl.int32), 0) > 0:
@@ -72,15 +72,15 @@ def _keep_best(
             beats = top > worst
             best = tl.min(tl.where(z == top[:, None], column[None, :], _NO_ID), 1)
             is_worst = values == worst[:, None]
-            # empty places hold distinct negative ids, so that one place is taken at a time
+            # empty slots hold distinct negative ids, so that one slot is taken at a time
             last = tl.max(tl.where(is_worst, ids, -_NO_ID), 1)
-            place = is_worst & (ids == last[:, None]) & beats[:, None]
+            is_slot = is_worst & (ids == last[:, None]) & beats[:, None]
             taken = (column[None, :] == best[:, None]) & beats[:, None]
             if PAYLOAD:
                 value = tl.sum(tl.where(taken, payload, 0.0), 1)
-                carried = tl.where(place, value[:, None], carried)
-            values = tl.where(place, top[:, None], values)
-            ids = tl.where(place, best[:, None], ids)
+                carried = tl.where(is_slot, value[:, None], carried)
+            values = tl.where(is_slot, top[:, None], values)
+            ids = tl.where(is_slot, best[:, None], ids)
             z = tl.where(taken, float("-inf"), z)
             worst, top = tl.min(values, 1), tl.max(z, 1)
         tl.store(kept_values, values, mask=inside[:, None])
@@ -91,25 +91,25 @@ def _keep_best(
 
 
 @triton.jit
-def _write_no_winners(
+def _clear_slots(
     kept_values, kept_ids, inside, BR: tl.constexpr, K: tl.constexpr, K2: tl.constexpr
 ):
-    """Empty places: value -inf; those beyond K hold +inf and are never taken."""
-    place = tl.arange(0, K2)[None, :] + tl.zeros([BR, 1], tl.int32)
-    value = tl.where(place < K, float("-inf"), float("inf"))
+    """Empty slots: value -inf; those beyond K hold +inf and are never taken."""
+    slot = tl.arange(0, K2)[None, :] + tl.zeros([BR, 1], tl.int32)
+    value = tl.where(slot < K, float("-inf"), float("inf"))
     tl.store(kept_values, value, mask=inside[:, None])
-    tl.store(kept_ids, -1 - place, mask=inside[:, None])
+    tl.store(kept_ids, -1 - slot, mask=inside[:, None])
 
 
 @triton.jit
-def _sort_winners(
+def _sort_slots(
     kept_values, kept_ids, kept_payload, inside, K: tl.constexpr, K2: tl.constexpr,
     PAYLOAD: tl.constexpr,
 ):  # fmt: skip
-    """Put winners in order, best first, ties by the lower id; -1 where there is none."""
+    """Put candidates in order, best first, ties by the lower id; -1 where there is none."""
     tl.debug_barrier()
-    place = tl.arange(0, K2)[None, :]
-    values = tl.load(kept_values, mask=inside[:, None] & (place < K), other=float("-inf"))
+    slot = tl.arange(0, K2)[None, :]
+    values = tl.load(kept_values, mask=inside[:, None] & (slot < K), other=float("-inf"))
     ids = tl.load(kept_ids, mask=inside[:, None], other=-1)
     carried = values
     if PAYLOAD:
@@ -119,7 +119,7 @@ def _sort_winners(
     for at in range(K):
         top = tl.max(values, 1)
         best = tl.min(tl.where((values == top[:, None]) & (ids >= 0), ids, _NO_ID), 1)
-        taken, here = ids == best[:, None], place == at
+        taken, here = ids == best[:, None], slot == at
         found = tl.where(best == _NO_ID, -1, best)
         sorted_values = tl.where(here, top[:, None], sorted_values)
         sorted_ids = tl.where(here, found[:, None], sorted_ids)
@@ -151,19 +151,18 @@ def load_step(x, w, row, id_, inside, column, d, x_stride, w_stride, EVEN_D: tl.
 def head_kernel(
     x,  # [R, d], or its descriptor
     w,  # [Vs, d], or its descriptor
-    norm_weight,  # [d]: rows are un-normed, or None
     scale,  # [R]
     target_ids, target_low, target_high,  # [R] local id, tie bounds
     seed, step,  # [B]
-    part_values, part_ids,  # [S, R, K2]
+    part_logits, part_ids,  # [S, R, K2]
     part_sums,  # [S, R, N_SUMS]
-    key_values, key_ids, key_logits,  # [S, B, N2]
+    sample_keys, sample_ids, sample_logits,  # [S, B, N2]
     tiles,  # [programs, BR, BV // HALVES]
-    n_rows, n_ids, d, x_stride, w_stride, norm_stride,
-    n_work, share, tile_rows, row_tiles, group_size, n_keyed, key_place, first_id, eps,
+    n_rows, n_ids, d, x_stride, w_stride,
+    n_work, share, tile_rows, row_tiles, rows_per_request, n_samples, sample_row, first_id,
     K: tl.constexpr, K2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr, BB: tl.constexpr,
     BR: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, HALVES: tl.constexpr,
-    EVEN_D: tl.constexpr, BULK: tl.constexpr, NORMED: tl.constexpr, SCALED: tl.constexpr,
+    EVEN_D: tl.constexpr, BULK: tl.constexpr, SCALED: tl.constexpr,
     TARGET: tl.constexpr, GROUPED: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
@@ -178,37 +177,25 @@ def head_kernel(
         scratch = tiles + tl.program_id(0).to(tl.int64) * BR * WIDTH
         out = part.to(tl.int64) * n_rows + row
         kept = out[:, None] * K2 + tl.arange(0, K2)[None, :]
-        _write_no_winners(part_values + kept, part_ids + kept, inside, BR, K, K2)
-        reference = tl.minimum(slot // group_size * group_size + group_size - 1, BR - 1)
+        _clear_slots(part_logits + kept, part_ids + kept, inside, BR, K, K2)
+        first_slot = slot // rows_per_request * rows_per_request
+        reference = tl.minimum(first_slot + rows_per_request - 1, BR - 1)
 
         factor = tl.full([BR], 1.0, tl.float32)
-        if not NORMED:
-            squares = tl.zeros([BR], tl.float32)
-            for at in range(0, d, BD):
-                column = at + tl.arange(0, BD)
-                if BULK:
-                    a = x.load([first_row, at]).to(tl.float32)
-                else:
-                    at_x = x + row[:, None] * x_stride + column[None, :]
-                    in_d = (column < d)[None, :]
-                    a = tl.load(at_x, mask=in_d & inside[:, None], other=0).to(tl.float32)
-                squares += tl.sum(a * a, 1)
-            factor = inverse_rms(squares, d, eps)
         if SCALED:
             factor *= tl.load(scale + row)
         if NOISE:
-            keyed = tl.arange(0, BB)
-            is_keyed = keyed < n_keyed
-            keyed_slot = tl.minimum(keyed * group_size + key_place, BR - 1)
-            kept_key = (part.to(tl.int64) * n_keyed + keyed)[:, None] * N2 + tl.arange(0, N2)[
-                None, :
-            ]
-            _write_no_winners(key_values + kept_key, key_ids + kept_key, is_keyed, BB, N, N2)
+            sample = tl.arange(0, BB)
+            is_sampled = sample < n_samples
+            sampled_slot = tl.minimum(sample * rows_per_request + sample_row, BR - 1)
+            sample_out = part.to(tl.int64) * n_samples + sample
+            kept_key = sample_out[:, None] * N2 + tl.arange(0, N2)[None, :]
+            _clear_slots(sample_keys + kept_key, sample_ids + kept_key, is_sampled, BB, N, N2)
             worst_key = tl.full([BB], float("-inf"), tl.float32)
 
         m = tl.full([BR], float("-inf"), tl.float32)
         sum_exp = tl.zeros([BR], tl.float32)
-        sum_dev, above, cross, logit = sum_exp, sum_exp, sum_exp, sum_exp
+        sum_dev, beaten_by, cross, logit = sum_exp, sum_exp, sum_exp, sum_exp
         worst = tl.where(inside, m, float("inf"))
         for begin in range(start, stop, BV):
             id_ = tl.minimum(begin + tl.arange(0, BV), stop - 1).to(tl.int64)
@@ -220,9 +207,6 @@ def head_kernel(
                     b = w.load([begin, at])
                 else:
                     a, b = load_step(x, w, row, id_, inside, column, d, x_stride, w_stride, EVEN_D)
-                if not NORMED:
-                    weights = tl.load(norm_weight + column * norm_stride, mask=column < d, other=0)
-                    a = (a.to(tl.float32) * weights.to(tl.float32)[None, :]).to(a.dtype)
                 acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
             # The tile goes through memory that the caches hold and is looked at in narrow parts:
             # with all that is asked of it, it does not fit the registers.
@@ -237,10 +221,10 @@ def head_kernel(
                 tl.store(scratch + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], tile_half)
                 tl.debug_barrier()
                 for at in range(0, WIDTH, BP):
-                    place = at + tl.arange(0, BP)
-                    column_id = begin + half * WIDTH + place
+                    offset = at + tl.arange(0, BP)
+                    column_id = begin + half * WIDTH + offset
                     valid = (column_id < stop)[None, :]
-                    z = tl.load(scratch + slot[:, None] * WIDTH + place[None, :]) * factor[:, None]
+                    z = tl.load(scratch + slot[:, None] * WIDTH + offset[None, :]) * factor[:, None]
                     z = tl.where(valid, z, float("-inf"))
                     new_m = tl.maximum(m, tl.max(z, 1))
                     base = tl.where(new_m == float("-inf"), 0.0, new_m)  # as long as all are -inf
@@ -248,7 +232,7 @@ def head_kernel(
                     decay = tl.exp(shift)
                     sum_dev = tl.where(sum_exp > 0, sum_dev + shift * sum_exp, 0.0) * decay
                     if GROUPED:
-                        z_ref = tl.load(scratch + reference[:, None] * WIDTH + place[None, :])
+                        z_ref = tl.load(scratch + reference[:, None] * WIDTH + offset[None, :])
                         z_ref *= tl.gather(factor, reference, 0)[:, None]
                         weight = tl.exp(z_ref - tl.gather(base, reference, 0)[:, None])
                         gap = tl.where(valid & (weight != 0), weight * (z_ref - z), 0.0)
@@ -264,21 +248,22 @@ def head_kernel(
                         is_target = column_id[None, :] == target
                         tied_before = (z >= low[:, None]) & (column_id[None, :] < target)
                         beats = ((z > high[:, None]) | tied_before) & (is_target == 0) & valid
-                        above += tl.sum(beats.to(tl.float32), 1)
+                        beaten_by += tl.sum(beats.to(tl.float32), 1)
                         logit += tl.sum(tl.where(is_target & valid, z, 0.0), 1)
                     if NOISE:
-                        z_keyed = tl.load(scratch + keyed_slot[:, None] * WIDTH + place[None, :])
-                        z_keyed *= tl.gather(factor, keyed_slot, 0)[:, None]
-                        seeds = tl.load(seed + keyed, mask=is_keyed, other=0)
-                        steps = tl.load(step + keyed, mask=is_keyed, other=0)
+                        at_sample = scratch + sampled_slot[:, None] * WIDTH + offset[None, :]
+                        z_sample = tl.load(at_sample) * tl.gather(factor, sampled_slot, 0)[:, None]
+                        seeds = tl.load(seed + sample, mask=is_sampled, other=0)
+                        steps = tl.load(step + sample, mask=is_sampled, other=0)
                         noise = _gumbel(seeds, steps, first_id + column_id.to(tl.int64))
-                        keys = tl.where(valid & is_keyed[:, None], z_keyed + noise, float("-inf"))
+                        is_key = valid & is_sampled[:, None]
+                        keys = tl.where(is_key, z_sample + noise, float("-inf"))
                         worst_key = _keep_best(
-                            keys, z_keyed, worst_key, column_id, key_values + kept_key,
-                            key_ids + kept_key, key_logits + kept_key, is_keyed, True,
+                            keys, z_sample, worst_key, column_id, sample_keys + kept_key,
+                            sample_ids + kept_key, sample_logits + kept_key, is_sampled, True,
                         )  # fmt: skip
                     worst = _keep_best(
-                        z, z, worst, column_id, part_values + kept, part_ids + kept, part_values,
+                        z, z, worst, column_id, part_logits + kept, part_ids + kept, part_logits,
                         inside, False,
                     )  # fmt: skip
 
@@ -286,14 +271,14 @@ def head_kernel(
         tl.store(sums, m, mask=inside)
         tl.store(sums + 1, sum_exp, mask=inside)
         tl.store(sums + 2, sum_dev, mask=inside)
-        tl.store(sums + 3, above, mask=inside)
+        tl.store(sums + 3, beaten_by, mask=inside)
         tl.store(sums + 4, cross, mask=inside)
         tl.store(sums + 5, logit, mask=inside)
-        _sort_winners(part_values + kept, part_ids + kept, part_values, inside, K, K2, False)
+        _sort_slots(part_logits + kept, part_ids + kept, part_logits, inside, K, K2, False)
         if NOISE:
-            _sort_winners(
-                key_values + kept_key, key_ids + kept_key, key_logits + kept_key,
-                is_keyed, N, N2, True,
+            _sort_slots(
+                sample_keys + kept_key, sample_ids + kept_key, sample_logits + kept_key,
+                is_sampled, N, N2, True,
             )  # fmt: skip
 
 
@@ -307,14 +292,14 @@ def _merge_sorted(
     is_part = part < n_parts
     base = (part.to(tl.int64) * n_rows + row) * K2
     taken = tl.zeros([S2], tl.int32)
-    for place in range(K):
+    for rank in range(K):
         is_left = is_part & (taken < K)
         head = tl.load(part_values + base + taken, mask=is_left, other=float("-inf"))
         head_id = tl.load(part_ids + base + taken, mask=is_left, other=-1)
         top = tl.max(head, 0)
         best = tl.min(tl.where((head == top) & (head_id >= 0), head_id, _NO_ID), 0)
         is_best = is_left & (head_id == best)
-        out = row * K + place
+        out = row * K + rank
         tl.store(values + out, top)
         tl.store(ids + out, tl.where(best == _NO_ID, -1, best.to(tl.int64) + first_id))
         if PAYLOAD:
@@ -325,9 +310,10 @@ def _merge_sorted(
 
 @triton.jit
 def merge_kernel(
-    part_values, part_ids, part_sums, part_key_values, part_key_ids, part_key_logits,
-    values, ids, m, sum_exp, sum_dev, above, cross, logit, key_values, key_ids, key_logits,
-    n_rows, n_keyed, n_parts, group_size, first_id,
+    part_logits, part_ids, part_sums, part_sample_keys, part_sample_ids, part_sample_logits,
+    token_ids, logits, m, sum_exp, sum_dev, cross, target_logit, target_rank,
+    sample_ids, sample_logits, sample_keys,
+    n_rows, n_samples, n_parts, rows_per_request, first_id,
     K: tl.constexpr, K2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr, S2: tl.constexpr,
     NOISE: tl.constexpr,
 ):  # fmt: skip
@@ -346,21 +332,23 @@ def merge_kernel(
     moved = tl.where(part_exp > 0, part_dev + shift * part_exp, 0.0)
     tl.store(sum_dev + row, tl.sum(moved * decay, 0))
     counts = tl.load(sums + 3, mask=is_part, other=0)
-    tl.store(above + row, tl.sum(counts, 0).to(tl.int64))
-    reference = row // group_size * group_size + group_size - 1
-    of_reference = part_sums + (part.to(tl.int64) * n_rows + reference) * _N_SUMS
-    ref_m = tl.load(of_reference, mask=is_part, other=float("-inf"))
+    tl.store(target_rank + row, tl.sum(counts, 0).to(tl.int64))
+    reference = row // rows_per_request * rows_per_request + rows_per_request - 1
+    reference_sums = part_sums + (part.to(tl.int64) * n_rows + reference) * _N_SUMS
+    ref_m = tl.load(reference_sums, mask=is_part, other=float("-inf"))
     ref_top = tl.max(ref_m, 0)
     ref_shift = ref_m - tl.where(ref_top == float("-inf"), 0.0, ref_top)
     part_cross = tl.load(sums + 4, mask=is_part, other=0)
     tl.store(cross + row, tl.sum(part_cross * tl.exp(ref_shift), 0))
-    tl.store(logit + row, tl.sum(tl.load(sums + 5, mask=is_part, other=0), 0))
+    tl.store(target_logit + row, tl.sum(tl.load(sums + 5, mask=is_part, other=0), 0))
     _merge_sorted(
-        part_values, part_ids, part_values, values, ids, values, row, n_rows, n_parts, first_id,
-        K, K2, S2, False,
+        part_logits, part_ids, part_logits, logits, token_ids, logits, row, n_rows, n_parts,
+        first_id, K, K2, S2, False,
     )  # fmt: skip
-    if NOISE and row < n_keyed:
-        _merge_sorted(
-            part_key_values, part_key_ids, part_key_logits, key_values, key_ids, key_logits,
-            row, n_keyed, n_parts, first_id, N, N2, S2, True,
-        )  # fmt: skip
+    if NOISE:  # noqa: SIM102 - without noise nothing in here is compiled
+        if row < n_samples:
+            _merge_sorted(
+                part_sample_keys, part_sample_ids, part_sample_logits,
+                sample_keys, sample_ids, sample_logits,
+                row, n_samples, n_parts, first_id, N, N2, S2, True,
+            )  # fmt: skip

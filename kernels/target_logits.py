@@ -16,18 +16,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .blocks import HEAD_ROWS
 from .head_stats import MOST_REGISTERS, cut_of, runs_kernel
 from .head_stats_kernel import dot_precision, load_step
-from .head_stats_reference import EPS, ROW_BLOCK
 from .launch import launch
 from .triton_shim import tl, triton
 
-# Of a tile. From 64 on, warp groups multiply where the chip has them, as they do in the head.
+# Rows of a tile: from 64 on, warp groups multiply where the chip has them, as in the head.
 MOST_ROWS = 64
+EPS = torch.finfo(torch.float32).eps
 
 
 def target_logits_reference(
-    x: Tensor, weight: Tensor, target_ids: Tensor, *, first_id: int = 0, row_block: int = ROW_BLOCK
+    x: Tensor, weight: Tensor, target_ids: Tensor, *, first_id: int = 0, row_block: int = HEAD_ROWS
 ) -> Tensor:
     """Logit and slack of each row's target, [R, 2] float32; 0 where the slice lacks it (to sum).
 
@@ -70,9 +71,9 @@ def _target_kernel(
         column = at + tl.arange(0, BD)
         a, b = load_step(x, w, row, id_, inside, column, d, x_stride, w_stride, EVEN_D)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-    own = tl.sum(tl.where(slot[:, None] == slot[None, :], acc, 0.0), 1)
+    diagonal = tl.sum(tl.where(slot[:, None] == slot[None, :], acc, 0.0), 1)
     there = tl.load(is_here + row, mask=inside, other=0)
-    tl.store(out + 2 * row, tl.where(there, own, 0.0), mask=inside)
+    tl.store(out + 2 * row, tl.where(there, diagonal, 0.0), mask=inside)
 
 
 def _forward(x: Tensor, weight: Tensor, target_ids: Tensor, first_id: int, k: int) -> Tensor:

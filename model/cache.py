@@ -14,8 +14,8 @@ class KVCache:
     keys, values: [L, batch, kv_heads_of_this_rank, capacity, head_dim]. Requests may hold
     different numbers of positions: `lengths` [batch] int64, in device memory, where a captured
     decode step reads and moves it. The host keeps `longest`, a bound of them. Position t of a
-    request lies at index t, so a right-padded chunk may write junk past a request's end: nothing
-    attends to an index above its own position, and it is written again before it is reached.
+    request lies at index t, and nothing attends to an index above its own position, so what a
+    right-padded chunk, or an earlier request, left there is written again before it is reached.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class KVCache:
         self.capacity = capacity
         self.longest = 0
 
-    def first(self, batch: int) -> KVCache:
-        """The first `batch` requests, in the same memory."""
-        part = copy.copy(self)
-        part.keys, part.values = self.keys[:, :batch], self.values[:, :batch]
-        part.lengths = self.lengths[:batch]
-        return part
+    @property
+    def batch(self) -> int:
+        return self.lengths.shape[0]
 
-    def reset(self) -> None:
-        """Forget everything."""
-        for buffer in (self.keys, self.values, self.lengths):
-            buffer.zero_()
-        self.longest = 0
+    def slot(self, slot: int) -> KVCache:
+        """An empty cache of one request, in the memory of one of these."""
+        part = copy.copy(self)
+        part.keys, part.values = (buffer[:, slot : slot + 1] for buffer in (self.keys, self.values))
+        part.lengths = self.lengths[slot : slot + 1]
+        part.lengths.zero_()
+        part.longest = 0
+        return part
 
     def next_positions(self, n_tokens: int) -> Tensor:
         """Absolute positions [batch, n_tokens] of the next tokens of each request."""

@@ -2,6 +2,9 @@
 
 Bytes are those one rank sends when the collective runs as a ring over p ranks: an all-reduce of
 n bytes sends 2·n·(p-1)/p, an all-gather of n bytes per rank sends n·(p-1).
+
+Under torch.compile they become functional collectives, which the compiler can keep inside its
+graph. These count no bytes: a compiled graph cannot write to the counter.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from .group import TensorParallel
@@ -21,6 +25,8 @@ def all_reduce(x: Tensor, parallel: TensorParallel) -> Tensor:
     """Sum of `x` over the ranks, the same on each. Not differentiable: see `reduce_from_ranks`."""
     if parallel.size == 1:
         return x
+    if torch.compiler.is_compiling():
+        return functional.all_reduce(x.contiguous(), "sum", _group(parallel))
     total = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=parallel.group)
     ring_bytes = 2 * total.numel() * total.element_size() * (parallel.size - 1) // parallel.size
@@ -33,10 +39,17 @@ def all_gather(x: Tensor, parallel: TensorParallel) -> Tensor:
     if parallel.size == 1:
         return x[None]
     x = x.contiguous()
+    if torch.compiler.is_compiling():
+        return functional.all_gather_tensor(x[None], 0, _group(parallel))
     gathered = x.new_empty((parallel.size, *x.shape))
     dist.all_gather(list(gathered.unbind(0)), x, group=parallel.group)
     parallel.traffic.add("all_gather", x.numel() * x.element_size() * (parallel.size - 1))
     return gathered
+
+
+def _group(parallel: TensorParallel) -> dist.ProcessGroup:
+    assert parallel.group is not None
+    return parallel.group
 
 
 class _CopyToRanks(torch.autograd.Function):

@@ -1,9 +1,10 @@
-"""The ranks that share one model, and a count of what they say to each other."""
+"""The ranks that share one model, and a count of the bytes they exchange."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ class Traffic:
         return Traffic(dict(self.sent_bytes), dict(self.calls))
 
     def since(self, before: Traffic) -> Traffic:
-        """What was added since `before`, a copy of an earlier time."""
+        """The difference to `before`, an earlier copy."""
         return Traffic(
             {name: n - before.sent_bytes.get(name, 0) for name, n in self.sent_bytes.items()},
             {name: n - before.calls.get(name, 0) for name, n in self.calls.items()},
@@ -48,9 +49,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """One rank's place among the `size` ranks that hold slices of the same weights.
+    """A rank among the `size` ranks that hold slices of the same weights.
 
-    `group` is None for a single process, which then needs no process group at all.
+    `group` is None for a single process, which then needs no process group at all. A copied model
+    (copy.deepcopy, for a moving average of the weights) talks to the same ranks: it shares this
+    object with the original, and `traffic` counts the bytes of both.
     """
 
     group: ProcessGroup | None = None
@@ -63,6 +66,9 @@ class TensorParallel:
             raise ValueError(f"rank {self.rank} is outside a group of {self.size} ranks")
         if self.size > 1 and self.group is None:
             raise ValueError(f"{self.size} ranks need a process group")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorParallel:
+        return self
 
     @classmethod
     def single(cls) -> TensorParallel:

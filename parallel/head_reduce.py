@@ -1,9 +1,9 @@
 """Exact global answers about the head's logits from one small exchange.
 
-Each rank reduces its vocabulary slice to k winners and a few sums per row (`head_stats`), packs
-them into one float32 buffer, and one all-gather later every rank has the same, exact, global
-top-k, log-sum-exp, entropy, rank and KL. Per row and receiving rank that is 8k + 24 bytes; a
-target adds an all-reduce of two float32. Combining p slices with maxima m_r, with m = max m_r:
+Each rank reduces its vocabulary slice to k candidates and a few sums per row (`head_stats`), packs
+them into one buffer, and one all-gather later every rank has the same, exact, global top-k,
+log-sum-exp, entropy, rank and KL. Per row and receiving rank that is 8k + 24 bytes; a target adds
+an all-reduce of two float32. Combining p slices with maxima m_r, with m = max m_r:
 
     Σ exp(z - m)             = Σ_r s_r · exp(m_r - m)                     s_r: sum_exp
     Σ exp(z - m)(z - m)      = Σ_r exp(m_r - m) · (t_r + (m_r - m) s_r)   t_r: sum_dev
@@ -11,7 +11,7 @@ target adds an all-reduce of two float32. Combining p slices with maxima m_r, wi
     entropy                  = log Σ exp(z - m) - Σ exp(z - m)(z - m) / Σ exp(z - m)
     KL(final ‖ layer)        = Σ p_f (z_f - z) - lse_f + lse
 
-The sums are combined in float64: there are only p of them a row.
+The sums are combined in float64: there are only p of them per row.
 """
 
 from __future__ import annotations
@@ -22,14 +22,25 @@ import torch
 from torch import Tensor
 
 from ..kernels.head_stats import head_stats
-from ..kernels.head_stats_reference import HeadStats, Noise, Target, mass_above_reference
+from ..kernels.head_stats_reference import mass_above_reference
+from ..kernels.head_types import HeadStats, Noise, RowStats, SampleStats, Target
 from ..kernels.target_logits import target_logits
 from .collectives import all_gather, all_reduce
+from .group import TensorParallel
+from .packing import Field, RowLayout
 from .vocab import VocabHead
 
 
 @dataclass(frozen=True)
-class Winners:
+class SampleResult:
+    """The n best Gumbel keys of each of B sampled rows, the same on every rank."""
+
+    token_ids: Tensor  # [B, n] int64, best key first
+    logits: Tensor  # [B, n] float32
+
+
+@dataclass(frozen=True)
+class HeadResult:
     """Global statistics of R rows, the same on every rank. Floats are float32."""
 
     token_ids: Tensor  # [R, k] int64, best first, ties by the lower id
@@ -39,9 +50,13 @@ class Winners:
     entropy: Tensor  # [R] nats
     target_logprob: Tensor  # [R], NaN where there is no target
     target_rank: Tensor  # [R] int64: how many ids beat the target, -1 where there is none
-    kl_to_reference: Tensor  # [R] nats, from the group's last row to this row
-    key_ids: Tensor  # [B, n] int64: ids of sampled rows in the order of their Gumbel keys
-    key_logits: Tensor  # [B, n]
+    kl_to_final: Tensor  # [R] nats, from the last row of the row's request to this row
+    samples: SampleResult | None = None  # where noise was given
+
+    def rows(self, rows: slice | Tensor) -> HeadResult:
+        """The statistics of some rows, without samples; views for a slice."""
+        values = {name: value[rows] for name, value in vars(self).items() if name != "samples"}
+        return HeadResult(**values)
 
 
 @torch.no_grad()
@@ -52,14 +67,14 @@ def reduce_head(
     k: int,
     scale: Tensor | None = None,
     target_ids: Tensor | None = None,
-    group_size: int = 1,
+    rows_per_request: int = 1,
     noise: Noise | None = None,
-) -> Winners:
-    """What the head says of normed rows x [R, d], the same on every rank.
+) -> HeadResult:
+    """Statistics of the head's logits for normed rows x [R, d], the same on every rank.
 
-    target_ids [R] int64; one outside the vocabulary, such as -1, is none. group_size: KL is taken
-    from the last row of every group of this many rows. scale, noise: see `head_stats`. Nothing
-    waits for results on the host. Raises ValueError where k exceeds the vocabulary.
+    target_ids [R] int64; one outside the vocabulary, such as -1, is none. rows_per_request: KL is
+    taken from the last row of each request of this many rows. scale, noise: see `head_stats`.
+    Nothing waits for results on the host. Raises ValueError where k exceeds the vocabulary.
     """
     if not 1 <= k <= head.vocab.full:
         raise ValueError(f"top-k of {k} is outside 1 to {head.vocab.full}, the vocabulary's size")
@@ -71,23 +86,29 @@ def reduce_head(
         first_id=head.vocab.start,
         scale=scale,
         target=target,
-        group_size=group_size,
+        rows_per_request=rows_per_request,
         noise=noise,
     )
-    gathered = all_gather(_pack(stats), head.parallel)
-    return _merge([_unpack(flat, stats) for flat in gathered], target, k, group_size)
+    slices = _gather(stats, head.parallel)
+    samples = None if slices.samples is None else _merge_samples(slices.samples)
+    return _merge_rows(slices.rows, target, rows_per_request, samples)
 
 
 @torch.no_grad()
-def mass_above(x: Tensor, head: VocabHead, *, scale: Tensor, than: Winners) -> Tensor:
-    """Probability [B, n] of all ids that beat each key id of `than`, under softmax(scale · z)."""
+def mass_above(
+    x: Tensor, head: VocabHead, *, scale: Tensor, candidates: SampleResult, logsumexp: Tensor
+) -> Tensor:
+    """Probability [B, n] of all ids that beat each candidate, under softmax(scale · z).
+
+    x [B, d] normed rows; scale [B]; logsumexp [B] of scale · z.
+    """
     mass = mass_above_reference(
         x,
         head.valid_weight,
         scale=scale,
-        than_logits=than.key_logits,
-        than_ids=than.key_ids,
-        top=than.logsumexp,
+        logits=candidates.logits,
+        token_ids=candidates.token_ids,
+        logsumexp=logsumexp,
         first_id=head.vocab.start,
     )
     return all_reduce(mass, head.parallel)
@@ -109,49 +130,69 @@ def token_logits(x: Tensor, head: VocabHead, token_ids: Tensor) -> Tensor:
 def _target(x: Tensor, head: VocabHead, target_ids: Tensor, scale: Tensor | None, k: int) -> Target:
     # one outside the vocabulary counts as none: to refuse it, the host would have to wait
     target_ids = target_ids.where(target_ids < head.vocab.full, -1)
-    own = target_logits(x, head.valid_weight, target_ids, first_id=head.vocab.start, k=k)
-    logits, slack = all_reduce(own, head.parallel).unbind(-1)
+    local = target_logits(x, head.valid_weight, target_ids, first_id=head.vocab.start, k=k)
+    logits, slack = all_reduce(local, head.parallel).unbind(-1)
     if scale is not None:
         logits, slack = logits * scale, slack * scale
     return Target(target_ids, logits.masked_fill(target_ids < 0, torch.inf), slack)
 
 
-def _pack(stats: HeadStats) -> Tensor:
-    """One flat float32 buffer; ids and counts travel as the bits of int32."""
-    fields = vars(stats).values()
-    return torch.cat([(_as_bits(x) if x.dtype == torch.int64 else x).flatten() for x in fields])
-
-
-def _as_bits(ids: Tensor) -> Tensor:
-    return ids.to(torch.int32).view(torch.float32)
-
-
-def _unpack(flat: Tensor, like: HeadStats) -> HeadStats:
-    """The inverse of `_pack`, with the shapes of `like`."""
-    fields = {}
-    start = 0
-    for name, own in vars(like).items():
-        part = flat[start : start + own.numel()]
-        start += own.numel()
-        if own.dtype == torch.int64:
-            part = part.view(torch.int32).long()
-        fields[name] = part.view(own.shape)
-    return HeadStats(**fields)
-
-
-def _merge(slices: list[HeadStats], target: Target | None, k: int, group_size: int) -> Winners:
-    values, ids = _best([part.values for part in slices], k, [part.ids for part in slices])
-    n_best = slices[0].key_ids.shape[1]
-    _, key_ids, key_logits = _best(
-        [part.key_values for part in slices],
-        n_best,
-        [part.key_ids for part in slices],
-        [part.key_logits for part in slices],
+def _row_layout(k: int) -> RowLayout:
+    """The fields of `RowStats`."""
+    return RowLayout(
+        (
+            Field("token_ids", torch.int64, k),
+            Field("target_rank", torch.int64),
+            Field("logits", torch.float32, k),
+            Field("max", torch.float32),
+            Field("sum_exp", torch.float32),
+            Field("sum_dev", torch.float32),
+            Field("cross", torch.float32),
+            Field("target_logit", torch.float32),
+        )
     )
-    maxima = torch.stack([part.max for part in slices]).double()  # [p, R]
+
+
+def _sample_layout(n: int) -> RowLayout:
+    """The fields of `SampleStats`."""
+    return RowLayout(
+        (
+            Field("token_ids", torch.int64, n),
+            Field("logits", torch.float32, n),
+            Field("keys", torch.float32, n),
+        )
+    )
+
+
+def _gather(stats: HeadStats, parallel: TensorParallel) -> HeadStats:
+    """The statistics of every rank's slice, [p, R, ...] and [p, B, ...], in one exchange."""
+    layout = _row_layout(stats.rows.logits.shape[1])
+    packed = layout.pack(vars(stats.rows))
+    if stats.samples is None:
+        return HeadStats(RowStats(**layout.unpack(all_gather(packed, parallel))))
+    sample_layout = _sample_layout(stats.samples.keys.shape[1])
+    packed_samples = sample_layout.pack(vars(stats.samples))
+    flat = all_gather(torch.cat((packed.flatten(), packed_samples.flatten())), parallel)
+    rows, samples = flat.split((packed.numel(), packed_samples.numel()), -1)
+    return HeadStats(
+        RowStats(**layout.unpack(rows.unflatten(1, packed.shape))),
+        SampleStats(**sample_layout.unpack(samples.unflatten(1, packed_samples.shape))),
+    )
+
+
+def _merge_samples(slices: SampleStats) -> SampleResult:
+    """slices [p, B, n] -> [B, n]."""
+    _, token_ids, logits = _best(slices.keys, slices.token_ids, slices.logits)
+    return SampleResult(token_ids, logits)
+
+
+def _merge_rows(
+    slices: RowStats, target: Target | None, rows_per_request: int, samples: SampleResult | None
+) -> HeadResult:
+    """slices [p, R, ...] -> [R, ...]."""
+    logits, token_ids = _best(slices.logits, slices.token_ids)
+    maxima, sum_exp, sum_dev = (x.double() for x in (slices.max, slices.sum_exp, slices.sum_dev))
     top = maxima.amax(0)
-    sum_exp = torch.stack([part.sum_exp for part in slices]).double()
-    sum_dev = torch.stack([part.sum_dev for part in slices]).double()
     shift = maxima - top
     scale = shift.exp()
     total = (sum_exp * scale).sum(0)
@@ -159,60 +200,62 @@ def _merge(slices: list[HeadStats], target: Target | None, k: int, group_size: i
     moved = torch.where(sum_exp > 0, sum_dev + shift * sum_exp, 0)
     mean_dev = (moved * scale).sum(0) / total
     logsumexp = top + total.log()
-    return Winners(
-        token_ids=ids,
-        logits=values,
-        logprobs=(values.double() - logsumexp[:, None]).float(),
+    return HeadResult(
+        token_ids=token_ids,
+        logits=logits,
+        logprobs=(logits.double() - logsumexp[:, None]).float(),
         logsumexp=logsumexp.float(),
         entropy=(total.log() - mean_dev).float(),
         target_logprob=_target_logprob(slices, target, logsumexp),
-        target_rank=_target_rank(slices, target, ids),
-        kl_to_reference=_kl(slices, scale, total, logsumexp, group_size),
-        key_ids=key_ids,
-        key_logits=key_logits,
+        target_rank=_target_rank(slices, target, token_ids),
+        kl_to_final=_kl(slices.cross, scale, total, logsumexp, rows_per_request),
+        samples=samples,
     )
 
 
-def _best(values: list[Tensor], k: int, *others: list[Tensor]) -> tuple[Tensor, ...]:
-    """The k best of all slices, which stand in the order of ids: the stable sort does the rest."""
-    best, order = torch.sort(torch.cat(values, -1), dim=-1, descending=True, stable=True)
-    order = order[:, :k]
-    return best[:, :k], *(torch.cat(other, -1).gather(1, order) for other in others)
+def _best(values: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The n best of all slices [p, R, n], and what the others hold there: [R, n] each.
+
+    Slices stand in the order of ids, so a stable sort leaves ties in that order.
+    """
+    n = values.shape[-1]
+    first, *rest = (x.movedim(0, 1).flatten(1) for x in (values, *others))  # [R, p * n]
+    best, order = first.sort(dim=-1, descending=True, stable=True)
+    return best[:, :n], *(other.gather(1, order[:, :n]) for other in rest)
 
 
-def _target_logprob(slices: list[HeadStats], target: Target | None, logsumexp: Tensor) -> Tensor:
-    """From the streamed logit, so that a target among the winners has the winner's log-prob."""
+def _target_logprob(slices: RowStats, target: Target | None, logsumexp: Tensor) -> Tensor:
+    """From the streamed logit, so that a target in the top-k has the log-prob that stands there."""
     if target is None:
         return torch.full_like(logsumexp, torch.nan).float()
-    logit = torch.stack([part.target_logit for part in slices]).double().sum(0)
-    logprob = (logit - logsumexp).float()
+    logprob = (slices.target_logit.double().sum(0) - logsumexp).float()
     return logprob.masked_fill(target.ids < 0, torch.nan)
 
 
-def _target_rank(slices: list[HeadStats], target: Target | None, ids: Tensor) -> Tensor:
-    """The count of ids above, or the place among the winners where the target is one of them.
+def _target_rank(slices: RowStats, target: Target | None, token_ids: Tensor) -> Tensor:
+    """How many ids beat the target, or its position in the top-k where it is one of them.
 
-    The target's logit is a product of its own and may differ from the winners' by rounding;
-    reading its place off the winners keeps rank and top-k in agreement.
+    The target's logit is a product of its own and may differ from the streamed one by rounding;
+    reading the position off the top-k keeps rank and top-k in agreement.
     """
     if target is None:
-        return ids.new_full(ids.shape[:1], -1)
-    above = torch.stack([part.above for part in slices]).sum(0)
-    is_target = ids == target.ids[:, None]
-    rank = torch.where(is_target.any(-1), is_target.int().argmax(-1), above.clamp(min=ids.shape[1]))
+        return token_ids.new_full(token_ids.shape[:1], -1)
+    rank = slices.target_rank.sum(0).clamp(min=token_ids.shape[1])
+    is_target = token_ids == target.ids[:, None]
+    rank = torch.where(is_target.any(-1), is_target.int().argmax(-1), rank)
     return rank.masked_fill(target.ids < 0, -1)
 
 
 def _kl(
-    slices: list[HeadStats], scale: Tensor, total: Tensor, logsumexp: Tensor, group_size: int
+    cross: Tensor, scale: Tensor, total: Tensor, logsumexp: Tensor, rows_per_request: int
 ) -> Tensor:
-    if group_size == 1:
+    """cross, scale [p, R]; total, logsumexp [R] -> [R]."""
+    if rows_per_request == 1:
         return torch.zeros_like(logsumexp).float()
 
-    def last_of_group(rows: Tensor) -> Tensor:
-        groups = rows.unflatten(-1, (-1, group_size))
-        return groups[..., -1:].expand_as(groups).flatten(-2)
+    def last_of_request(rows: Tensor) -> Tensor:
+        requests = rows.unflatten(-1, (-1, rows_per_request))
+        return requests[..., -1:].expand_as(requests).flatten(-2)
 
-    cross = torch.stack([part.cross for part in slices]).double()
-    expected_gap = (cross * last_of_group(scale)).sum(0) / last_of_group(total)
-    return (expected_gap - last_of_group(logsumexp) + logsumexp).float()
+    expected_gap = (cross.double() * last_of_request(scale)).sum(0) / last_of_request(total)
+    return (expected_gap - last_of_request(logsumexp) + logsumexp).float()

@@ -1,7 +1,7 @@
-"""The vocabulary split over ranks: embedding, and the weight of the head.
+"""The vocabulary split over ranks: the embedding and the head.
 
 Rank r holds ids [start, stop) of `vocab`, stored in `padded` rows: the same number on every rank,
-the last ones padded. Padding rows are never multiplied, so padding can never win.
+of which the last ranks need fewer. Padding rows are never multiplied, so padding can never win.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
-from .collectives import reduce_from_ranks
+from ..kernels.few_rows_linear import linear
+from .collectives import copy_to_ranks, reduce_from_ranks
 from .group import TensorParallel
 from .spans import Span
 
@@ -25,22 +26,27 @@ class VocabEmbedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         if self.parallel.size == 1:
             return F.embedding(token_ids, self.weight)
-        mine = (token_ids >= self.vocab.start) & (token_ids < self.vocab.stop)
-        local_ids = (token_ids - self.vocab.start).where(mine, 0)
-        rows = F.embedding(local_ids, self.weight) * mine[..., None]
+        is_local = (token_ids >= self.vocab.start) & (token_ids < self.vocab.stop)
+        local_ids = (token_ids - self.vocab.start).where(is_local, 0)
+        rows = F.embedding(local_ids, self.weight) * is_local[..., None]
         return reduce_from_ranks(rows, self.parallel)
 
 
 class VocabHead(nn.Module):
-    """This rank's rows of the unembedding W_U. It has no forward: logits are never all formed.
+    """This rank's rows of the unembedding W_U: normed states [..., d] -> logits [..., n].
 
-    See `reduce_head`, which streams over `valid_weight` and exchanges winners only.
+    n = stop - start: logits of ids [start, stop) alone, which stay on this rank. Neither lens,
+    sampling nor loss calls for them: `reduce_head` and `vocab_parallel_cross_entropy` stream over
+    the weight, and never hold a row's logits whole.
     """
 
     def __init__(self, vocab: Span, d: int, *, parallel: TensorParallel) -> None:
         super().__init__()
         self.vocab, self.parallel = vocab, parallel
         self.weight = nn.Parameter(empty(vocab.padded, d))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return linear(copy_to_ranks(hidden, self.parallel), self.valid_weight)
 
     @property
     def valid_weight(self) -> Tensor:

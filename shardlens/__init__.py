@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 from .kernels.lazy_imports import lazy_package
 
 __all__ = [
+    "LanguageModel",
     "LensSpec",
     "ModelConfig",
     "Pair",
     "PromptForm",
+    "Request",
     "Result",
     "Sampling",
     "SteerabilityReport",
@@ -20,40 +22,36 @@ __all__ = [
     "Tokenizer",
     "Trace",
     "Transformer",
-    "extract",
-    "generate",
-    "lens",
     "load",
     "read_pairs",
-    "steerability",
 ]
 
 if TYPE_CHECKING:
     from .engine.lens_spec import LensSpec
+    from .engine.request import Request
     from .engine.sampling import Sampling
     from .engine.steering import Steering
     from .engine.vectors import SteeringVectors
-    from .interp.extract import extract
     from .interp.pairs import Pair, read_pairs
     from .interp.prompts import PromptForm
     from .interp.report import SteerabilityReport
-    from .interp.steerability import steerability
     from .interp.trace import Trace
+    from .language_model import LanguageModel, Result, load
     from .model.config import ModelConfig
-    from .model.load import load
     from .model.points import Tap
     from .model.transformer import Transformer
     from .parallel.group import TensorParallel
-    from .run import Result, generate, lens
     from .tokenizer.tokenizer import Tokenizer
 else:
     # Imported when first used: torch takes seconds, and not every command needs it.
     _HOMES = {
+        "LanguageModel": ".language_model",
         "LensSpec": ".engine.lens_spec",
         "ModelConfig": ".model.config",
         "Pair": ".interp.pairs",
         "PromptForm": ".interp.prompts",
-        "Result": ".run",
+        "Request": ".engine.request",
+        "Result": ".language_model",
         "Sampling": ".engine.sampling",
         "SteerabilityReport": ".interp.report",
         "Steering": ".engine.steering",
@@ -63,12 +61,8 @@ else:
         "Tokenizer": ".tokenizer.tokenizer",
         "Trace": ".interp.trace",
         "Transformer": ".model.transformer",
-        "extract": ".interp.extract",
-        "generate": ".run",
-        "lens": ".run",
-        "load": ".model.load",
+        "load": ".language_model",
         "read_pairs": ".interp.pairs",
-        "steerability": ".interp.steerability",
     }
     _FOLDERS = ("engine", "interp", "kernels", "model", "parallel", "tokenizer")
     sys.modules[__name__].__class__ = lazy_package(_HOMES, _FOLDERS)

@@ -13,15 +13,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .bench import end_to_end, rank_agreement, scaling, steer_sweep
-from .bench.arm_measures import Setup
-from .bench.end_to_end_report import plot, print_result
-from .bench.kernels import run_grid
-from .bench.models import CPU_SHAPES, N_LAYERS, model_config
+from .bench.end_to_end_runs import Setup
+from .bench.kernel_report import run_grid
+from .bench.ops import OPS, cases
 from .bench.report import RESULTS, emit
-from .bench.shapes import GRIDS, OPS, cases
+from .bench.shapes import CPU_SHAPES, GRIDS, N_LAYERS, default_dtype, model_config
 from .cli import is_printing_rank
 from .engine.files import check_writable, write_json
 from .model.load import default_device
@@ -49,7 +46,7 @@ def _add_end_to_end(benchmarks: Any) -> None:
     )
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, help="default: 1500 with a GPU, 128 without")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each arm (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each (default: 3)")
     _add_outputs(parser)
     parser.set_defaults(run=run_end_to_end)
 
@@ -87,7 +84,7 @@ def _add_steer_sweep(benchmarks: Any) -> None:
         "steer-sweep",
         help="steering at all layers and multipliers in one pass, against a pass for each",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each arm (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: 5)")
     _add_outputs(parser)
     parser.set_defaults(run=run_steer_sweep)
 
@@ -102,6 +99,12 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--save {arguments.save}: a name of letters, digits, '.', '_' and '-'")
     if arguments.json is not None:
         check_writable(arguments.json)
+
+
+def _finish(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    emit(result, arguments.save)
+    if arguments.json is not None:
+        write_json(arguments.json, result)
 
 
 def run_end_to_end(arguments: argparse.Namespace) -> None:
@@ -120,17 +123,15 @@ def run_end_to_end(arguments: argparse.Namespace) -> None:
             f"{arguments.prompt_tokens} + {new_tokens} tokens exceed the context of {context}"
         )
     _check_outputs(arguments)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = default_dtype(device)
     setup = Setup(shape, dtype, device, arguments.prompt_tokens, new_tokens, arguments.rounds)
     result = end_to_end.run(setup, TensorParallel.from_env(device))
     if not is_printing_rank():
         return
-    print_result(result)
-    emit(result, arguments.save)
+    end_to_end.print_result(result)
+    _finish(arguments, result)
     if arguments.save is not None:
-        plot(result, RESULTS / f"{arguments.save}.png")
-    if arguments.json is not None:
-        write_json(arguments.json, result)
+        end_to_end.plot(result, RESULTS / f"{arguments.save}.png")
 
 
 def _rank_counts(text: str) -> list[int]:
@@ -146,9 +147,7 @@ def run_ranks(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments)
     result = rank_agreement.rank_agreement(arguments.model, rank_counts, arguments.prompts)
     rank_agreement.print_result(result)
-    emit(result, arguments.save)
-    if arguments.json is not None:
-        write_json(arguments.json, result)
+    _finish(arguments, result)
 
 
 def run_scaling(arguments: argparse.Namespace) -> None:
@@ -158,9 +157,7 @@ def run_scaling(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments)
     result = scaling.scaling(rank_counts, arguments.shape)
     scaling.print_scaling(result)
-    emit(result, arguments.save)
-    if arguments.json is not None:
-        write_json(arguments.json, result)
+    _finish(arguments, result)
 
 
 def run_steer_sweep(arguments: argparse.Namespace) -> None:
@@ -171,9 +168,7 @@ def run_steer_sweep(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments)
     result = steer_sweep.steer_sweep(arguments.rounds, default_device())
     steer_sweep.print_result(result)
-    emit(result, arguments.save)
-    if arguments.json is not None:
-        write_json(arguments.json, result)
+    _finish(arguments, result)
 
 
 def _add_kernels(benchmarks: Any) -> None:

@@ -8,22 +8,20 @@ from typing import Any
 from rich.markup import escape
 
 from .engine.files import write_json
-from .engine.generation import check_prompts
 from .engine.lens_spec import LensSpec
-from .run import Result, generate
-from .session import (
-    Session,
+from .engine.request import Request, check_prompt
+from .language_model import Result
+from .options import (
+    ModelOptions,
     add_chat_argument,
     add_eager_argument,
     add_model_arguments,
     add_output_arguments,
     add_sampling_arguments,
-    open_session,
-    prompt_ids,
-    run_needs,
+    output_files,
     sampling_of,
-    trace_files,
 )
+from .session import Session, open_session
 
 
 def add_to(commands: Any) -> None:
@@ -39,28 +37,21 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     sampling = sampling_of(arguments)
-    spec = LensSpec() if arguments.out else None
-    session = open_session(arguments, run_needs(arguments, spec), trace_files(arguments))
-    prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)
-    check_prompts(session.model, [prompt], arguments.max_new_tokens)
+    session = open_session(ModelOptions.parsed(arguments), output_files(arguments))
+    prompt = session.encode_prompt(arguments.prompt, chat=arguments.chat)
+    lens = LensSpec() if arguments.out else None
+    request = Request(prompt, arguments.max_new_tokens, sampling, lens=lens)
+    lm = session.load([request], capture=not arguments.eager)
+    check_prompt(prompt, arguments.max_new_tokens, session.config)  # before anything is printed
     session.console.print(f"[dim]{escape(arguments.prompt)}[/]", end="")
     printer = _Printer(session)
-    result = generate(
-        session.model,
-        prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling,
-        lens=spec,
-        on_token=printer.push,
-        capture=not arguments.eager,
-    )
+    result = lm.generate(request, on_token=printer.push, capture=not arguments.eager)
     printer.finish()
-    assert isinstance(result, Result)
     if not session.prints:
         return
-    for path in arguments.out:
-        assert result.trace is not None
-        result.trace.save(path)
+    if result.trace is not None:
+        for path in arguments.out:
+            result.trace.save(path)
     if arguments.json is not None:
         write_json(arguments.json, _content(arguments.prompt, prompt, result, session))
 
@@ -73,7 +64,7 @@ def _content(
         "prompt_ids": prompt_ids,
         "token_ids": result.token_ids,
         "text": result.text,
-        "stopped": result.stopped,
+        "finish_reason": result.finish_reason,
         "ranks": session.parallel.size,
         "sent_bytes": session.parallel.traffic.sent_bytes,
     }

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 from rich.markup import escape
 
 from .engine.files import write_json
 from .engine.lens_spec import LensSpec
+from .engine.request import Request
 from .interp.trace_table import print_trace
 from .model.points import POINTS
-from .run import Result, generate
-from .session import (
+from .options import (
+    ModelOptions,
     add_chat_argument,
     add_eager_argument,
     add_model_arguments,
     add_output_arguments,
-    open_session,
-    progress,
-    prompt_ids,
-    run_needs,
-    trace_files,
+    output_files,
 )
+from .parallel.collectives import agreed
+from .session import Session, open_session, progress
 
 
 def add_to(commands: Any) -> None:
@@ -34,7 +32,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--points", default="resid_post", help=f"comma-separated, of {', '.join(POINTS)}"
     )
-    parser.add_argument("--top-k", type=int, default=5, help="winners kept a cell (default: 5)")
+    parser.add_argument(
+        "--top-k", type=int, default=5, help="candidates kept per cell (default: 5)"
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=0, help="continue the prompt, greedily, by so many"
     )
@@ -49,34 +49,35 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    target = arguments.target
+    session = open_session(ModelOptions.parsed(arguments), output_files(arguments))
+    request = _request(arguments, session)
+    lm = session.load([request], capture=not arguments.eager)
+    with progress("reading", shown=session.prints) as on_progress:
+        result = lm.generate(request, on_progress=on_progress, capture=not arguments.eager)
+    trace = result.trace
+    if not session.prints or trace is None:
+        return
+    if arguments.max_new_tokens:
+        session.console.print(f"[dim]{escape(arguments.prompt)}[/]{escape(result.text or '')}\n")
+    print_trace(trace, session.console)
+    for path in arguments.out:
+        trace.save(path)
+    if arguments.json is not None:
+        content = {"prompt": arguments.prompt, "text": result.text, **trace.to_dict()}
+        write_json(arguments.json, content)
+
+
+def _request(arguments: argparse.Namespace, session: Session) -> Request:
+    with agreed(session.parallel):
+        target: str | int = "next"
+        if arguments.target is not None:
+            target = session.tokenizer.single_token(arguments.target)
     spec = LensSpec(
         points=tuple(arguments.points.split(",")),
         layers=arguments.layers,
         top_k=arguments.top_k,
+        targets=target,
         positions=arguments.positions,
     )
-    session = open_session(arguments, run_needs(arguments, spec), trace_files(arguments))
-    if target is not None:
-        spec = dataclasses.replace(spec, targets=session.tokenizer.single_token(target))
-    prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)
-    with progress("reading", shown=session.prints) as on_progress:
-        result = generate(
-            session.model,
-            prompt,
-            max_new_tokens=arguments.max_new_tokens,
-            lens=spec,
-            on_progress=on_progress,
-            capture=not arguments.eager,
-        )
-    assert isinstance(result, Result) and result.trace is not None
-    if not session.prints:
-        return
-    if arguments.max_new_tokens:
-        session.console.print(f"[dim]{escape(arguments.prompt)}[/]{escape(result.text or '')}\n")
-    print_trace(result.trace, session.console)
-    for path in arguments.out:
-        result.trace.save(path)
-    if arguments.json is not None:
-        content = {"prompt": arguments.prompt, "text": result.text, **result.trace.to_dict()}
-        write_json(arguments.json, content)
+    prompt = session.encode_prompt(arguments.prompt, chat=arguments.chat)
+    return Request(prompt, arguments.max_new_tokens, lens=spec)

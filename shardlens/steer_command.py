@@ -15,6 +15,6 @@ def add_to(commands: Any) -> None:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, module in VERBS.items():
-        own = verbs.add_parser(name, help=module.HELP)
-        module.add_arguments(own)
-        own.set_defaults(run=module.run)
+        verb = verbs.add_parser(name, help=module.HELP)
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)

@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .engine.files import write_json
-from .engine.lens_spec import LensSpec
-from .engine.steering import UNITS
+from .engine.request import Request
+from .engine.vector_checks import UNITS
 from .engine.vectors import SteeringVectors
+from .interp.extract import Extraction, extract_encoded
 from .interp.pairs import Pair, read_pairs
-from .interp.prompts import encode_pairs, split_pairs
+from .interp.prompts import PairIds, encode_pairs, longest
 from .interp.propensity import PROTOCOLS
 from .interp.report import SteerabilityReport
 from .interp.report_png import check_matplotlib
 from .interp.report_table import curve_table, layer_map, slopes_table, summary_lines
 from .interp.slopes import MULTIPLIERS
-from .interp.steerability import steerability
+from .interp.split import split_pairs
+from .interp.steerability import Sweep, steerability_encoded
 from .interp.suggest import suggest
-from .model.config import ModelConfig
-from .session import (
-    NeedsFn,
-    Session,
-    add_json_argument,
-    add_model_arguments,
-    open_session,
-    progress,
-)
-from .steer_session import (
-    add_extraction_arguments,
-    add_pair_arguments,
-    extracted,
-    for_extraction,
-    for_measuring,
-    form_of,
-    pair_needs,
-)
-from .tokenizer.tokenizer import Tokenizer
+from .model.points import Layers
+from .model.transformer import Transformer
+from .options import ModelOptions, add_json_argument, add_model_arguments, json_files
+from .parallel.collectives import agreed
+from .session import Session, open_session, progress
+from .steer_options import add_extraction_arguments, add_pair_arguments, extraction_of, form_of
 
 HELP = "measure how far answers follow a vector"
 SUGGESTED = "suggested"
@@ -71,58 +62,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     multipliers = _multipliers(arguments.multipliers)
+    sweep = Sweep(multipliers, arguments.protocol, arguments.unit, arguments.seed)
     pairs = read_pairs(arguments.pairs)
-    session = open_session(
-        arguments,
-        _needs(pairs, arguments),
-        [] if arguments.png is None else [(arguments.png, check_matplotlib)],
-    )
-    layers = arguments.layers
-    if layers == SUGGESTED:
-        encoded = encode_pairs(session.tokenizer, pairs, form_of(arguments))
-        layers = [suggest(session.model, encoded)[1].layer]
-    if arguments.vector is None:
-        made_from, pairs = split_pairs(pairs, arguments.share, arguments.seed)
-        vectors, point = extracted(session, made_from, arguments, layers), None
-    else:
-        vectors = SteeringVectors.load(arguments.vector, session.model.config)
-        point = arguments.point
+    pictures = [] if arguments.png is None else [(arguments.png, check_matplotlib)]
+    session = open_session(ModelOptions.parsed(arguments), [*pictures, *json_files(arguments)])
+    with agreed(session.parallel):
+        inputs = _Inputs.read(arguments, pairs, session)
+
+    lm = session.load([Request(longest(inputs.all_encoded), max_new_tokens=0)], capture=False)
+
+    suggestion = suggest(lm.model, inputs.encoded) if arguments.layers == SUGGESTED else None
+    layers = arguments.layers if suggestion is None else [suggestion.tap.layer]
+    vectors = inputs.vectors_at(layers, lm.model, session)
     with progress("measuring", shown=session.prints) as on_progress:
-        report = steerability(
-            session.model,
-            session.tokenizer,
-            pairs,
-            vectors,
-            multipliers=multipliers,
-            protocol=arguments.protocol,
-            point=point,
-            layers=layers,
-            unit=arguments.unit,
-            form=form_of(arguments),
-            seed=arguments.seed,
-            on_progress=on_progress,
+        report = steerability_encoded(
+            lm.model, inputs.test, vectors, sweep, suggestion=suggestion, on_progress=on_progress
         )
-    if not session.prints:
-        return
+    with agreed(session.parallel):
+        if session.prints:
+            _save(arguments, report)
     _show(session, report)
-    if arguments.json is not None:
-        write_json(arguments.json, report.to_dict())
-    if arguments.png is not None:
-        report.save(arguments.png)
 
 
-def _needs(pairs: Sequence[Pair], arguments: argparse.Namespace) -> NeedsFn:
-    forms = [for_measuring(arguments)]
-    if arguments.vector is None:
-        forms.append(for_extraction(arguments))
-    of_pairs = pair_needs(pairs, *forms)
+@dataclass(frozen=True)
+class _Inputs:
+    """Vectors, or how to make them; and the pairs to make and measure them, as token ids."""
 
-    def needs(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, int, LensSpec | None]:
+    vectors: SteeringVectors | None
+    extraction: Extraction | None
+    point: str | None  # of given vectors
+    encoded: list[PairIds]  # all pairs, with labels
+    train: list[PairIds]  # to extract from, in the form of the extraction
+    test: list[PairIds]  # to measure on
+
+    @classmethod
+    def read(cls, arguments: argparse.Namespace, pairs: list[Pair], session: Session) -> _Inputs:
+        """Raises ValueError for vectors, layers and pairs that the command has no use for."""
+        form, is_open = form_of(arguments), arguments.layers == SUGGESTED
+        encoded = encode_pairs(session.tokenizer, pairs, form)
         if arguments.vector is not None:
-            SteeringVectors.load(arguments.vector, config).check(config)
-        return of_pairs(config, tokenizer)
+            vectors = SteeringVectors.load(arguments.vector, session.config)
+            if not is_open:
+                vectors = vectors.select(arguments.point, arguments.layers)
+            return cls(vectors, None, arguments.point, encoded, [], encoded)
+        extraction = extraction_of(arguments, "all" if is_open else arguments.layers)
+        extraction.taps(session.config.n_layers)
+        train, test = split_pairs(pairs, arguments.share, arguments.seed)
+        # what can be measured can be extracted from, but for the texts of a contrast
+        sources = encoded
+        if extraction.contrast is not None:
+            sources = extraction.encode(session.tokenizer, pairs, form)
+        return cls(None, extraction, None, encoded, _chosen(sources, train), _chosen(encoded, test))
 
-    return needs
+    @property
+    def all_encoded(self) -> list[PairIds]:
+        return [*self.encoded, *self.train]
+
+    def vectors_at(self, layers: Layers, model: Transformer, session: Session) -> SteeringVectors:
+        """The given vectors of some layers, or new ones."""
+        if self.vectors is not None:
+            return self.vectors.select(self.point, layers)
+        assert self.extraction is not None
+        extraction = dataclasses.replace(self.extraction, layers=layers)
+        with progress("extracting", shown=session.prints) as on_progress:
+            return extract_encoded(model, self.train, extraction, on_progress=on_progress)
+
+
+def _chosen(encoded: Sequence[PairIds], pairs: Sequence[Pair]) -> list[PairIds]:
+    """The token ids of some of the pairs."""
+    by_key = {ids.key: ids for ids in encoded}
+    return [by_key[pair.key] for pair in pairs]
 
 
 def _multipliers(text: str) -> list[float]:
@@ -130,6 +139,13 @@ def _multipliers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"multipliers {text!r}: write numbers with commas between them") from None
+
+
+def _save(arguments: argparse.Namespace, report: SteerabilityReport) -> None:
+    if arguments.json is not None:
+        write_json(arguments.json, report.to_dict())
+    if arguments.png is not None:
+        report.save(arguments.png)
 
 
 def _show(session: Session, report: SteerabilityReport) -> None:

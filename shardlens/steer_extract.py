@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
 from .engine.files import write_json
-from .engine.lens_spec import LensSpec
+from .engine.request import Request
 from .engine.vector_files import check_format
 from .engine.vectors import SteeringVectors
-from .interp.extract import taps_of
-from .interp.pairs import Pair, read_pairs
-from .interp.prompts import split_pairs
-from .model.config import ModelConfig
-from .session import NeedsFn, add_json_argument, add_model_arguments, open_session
-from .steer_session import (
-    add_extraction_arguments,
-    add_pair_arguments,
-    extracted,
-    for_extraction,
-    pair_needs,
-    points_of,
-)
-from .tokenizer.tokenizer import Tokenizer
+from .interp.extract import extract_encoded
+from .interp.pairs import read_pairs
+from .interp.prompts import longest
+from .interp.split import split_pairs
+from .options import ModelOptions, add_json_argument, add_model_arguments, json_files
+from .parallel.collectives import agreed
+from .session import open_session, progress
+from .steer_options import add_extraction_arguments, add_pair_arguments, extraction_of, form_of
 
 HELP = "make vectors from pairs of answers"
 
@@ -48,29 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    extraction = extraction_of(arguments, arguments.layers)
     pairs = read_pairs(arguments.pairs)
     if arguments.share != 1:
         pairs, _ = split_pairs(pairs, arguments.share, arguments.seed)
-    session = open_session(arguments, _needs(pairs, arguments), [(arguments.out, check_format)])
-    vectors = extracted(session, pairs, arguments, arguments.layers)
-    if not session.prints:
-        return
-    vectors.save(arguments.out)
+    files = [(arguments.out, check_format), *json_files(arguments)]
+    session = open_session(ModelOptions.parsed(arguments), files)
+    with agreed(session.parallel):
+        check_format(arguments.out, extraction.taps(session.config.n_layers))
+        encoded = extraction.encode(session.tokenizer, pairs, form_of(arguments))
+
+    lm = session.load([Request(longest(encoded), max_new_tokens=0)], capture=False)
+
+    with progress("extracting", shown=session.prints) as on_progress:
+        vectors = extract_encoded(lm.model, encoded, extraction, on_progress=on_progress)
+    with agreed(session.parallel):
+        if session.prints:
+            vectors.save(arguments.out)
+            if arguments.json is not None:
+                write_json(arguments.json, _content(vectors))
     session.console.print(_table(vectors))
     session.console.print(f"{len(pairs)} pairs, {arguments.method}: wrote {arguments.out}")
-    if arguments.json is not None:
-        write_json(arguments.json, _content(vectors))
-
-
-def _needs(pairs: Sequence[Pair], arguments: argparse.Namespace) -> NeedsFn:
-    of_pairs = pair_needs(pairs, for_extraction(arguments))
-
-    def needs(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, int, LensSpec | None]:
-        taps = taps_of(points_of(arguments), arguments.layers, config.n_layers)
-        check_format(arguments.out, taps)
-        return of_pairs(config, tokenizer)
-
-    return needs
 
 
 def _table(vectors: SteeringVectors) -> Table:

@@ -12,27 +12,27 @@ from rich.table import Table
 from rich.text import Text
 
 from .engine.files import write_json
-from .engine.lens_spec import LensSpec
-from .engine.steering import POSITION_RULES, UNITS, Rule, Steering
+from .engine.fingerprint import model_fingerprint
+from .engine.request import Request
+from .engine.steering import POSITION_RULES, Rule, Steering
+from .engine.vector_checks import UNITS
 from .engine.vectors import SteeringVectors
-from .interp.extract import model_fingerprint
+from .interp.trace_grid import printable
 from .kernels.edits import MODES
-from .model.config import ModelConfig
-from .run import Result, generate
-from .session import (
-    NeedsFn,
+from .language_model import Result
+from .options import (
+    ModelOptions,
     add_chat_argument,
     add_eager_argument,
     add_json_argument,
     add_model_arguments,
     add_sampling_arguments,
-    open_session,
-    prompt_ids,
-    run_needs,
+    json_files,
     sampling_of,
 )
-from .steer_session import add_place_arguments
-from .tokenizer.tokenizer import Tokenizer
+from .parallel.collectives import agreed
+from .session import open_session
+from .steer_options import add_tap_arguments
 
 HELP = "continue a prompt, unsteered and steered"
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help=f"{', '.join(POSITION_RULES)}, 5- from position 5 on, or 3,7,9 (default: all)",
     )
-    add_place_arguments(parser)
+    add_tap_arguments(parser)
     parser.add_argument("--mode", choices=MODES, default="add")
     parser.add_argument(
         "--unit",
@@ -68,61 +68,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    positions_of(arguments.positions)
-    session = open_session(arguments, _needs(arguments))
-    vectors = SteeringVectors.load(arguments.vector, session.model.config)
-    steerings = _steerings(arguments, vectors, session.model.config)
-    prompt = prompt_ids(session.tokenizer, arguments.prompt, chat=arguments.chat)
-    results = generate(
-        session.model,
-        [prompt] * (1 + len(steerings)),
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling_of(arguments),
-        steering=[[], *([steering] for steering in steerings)],
-        capture=not arguments.eager,
-    )
-    assert isinstance(results, list)
-    if not session.prints:
-        return
-    warning = vectors.warning(model_fingerprint(session.model))
+    positions, sampling = positions_of(arguments.positions), sampling_of(arguments)
+    session = open_session(ModelOptions.parsed(arguments), json_files(arguments))
+    prompt = session.encode_prompt(arguments.prompt, chat=arguments.chat)
+    with agreed(session.parallel):
+        vectors = SteeringVectors.load(arguments.vector, session.config)
+        steerings = _steerings(arguments, vectors, positions)
+    requests = [
+        Request(prompt, arguments.max_new_tokens, sampling, steering=steering)
+        for steering in ([], *([steering] for steering in steerings))
+    ]
+
+    lm = session.load(requests, capture=not arguments.eager)
+
+    results = lm.generate(requests, capture=not arguments.eager)
+    warning = vectors.warning(model_fingerprint(lm.model))
     if warning is not None:
         session.console.print(f"warning: {warning}", markup=False)
     names = ["unsteered", *(f"scale {scale:g}" for scale in arguments.scale)]
-    session.console.print(f"[dim]{escape(arguments.prompt)}[/]")
+    session.console.print(f"[dim]{escape(printable(arguments.prompt))}[/]")
     session.console.print(_columns(names, results))
-    if arguments.json is not None:
-        write_json(arguments.json, _content(arguments, results))
+    with agreed(session.parallel):
+        if session.prints and arguments.json is not None:
+            write_json(arguments.json, _content(arguments, results))
 
 
 def _steerings(
-    arguments: argparse.Namespace, vectors: SteeringVectors, config: ModelConfig
+    arguments: argparse.Namespace, vectors: SteeringVectors, positions: Rule
 ) -> list[Steering]:
-    """One a scale. Raises ValueError for vectors that do not fit the model."""
-    steerings = [
+    """One for each scale. Raises ValueError for layers and points without a vector."""
+    return [
         Steering(
             vectors,
             arguments.layers,
             arguments.point,
             mode=arguments.mode,
             scale=scale,
-            positions=positions_of(arguments.positions),
+            positions=positions,
             unit=arguments.unit,
         )
         for scale in arguments.scale
     ]
-    for steering in steerings:
-        steering.check(config)
-    return steerings
-
-
-def _needs(arguments: argparse.Namespace) -> NeedsFn:
-    plain = run_needs(arguments, None)
-
-    def needs(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, int, LensSpec | None]:
-        _steerings(arguments, SteeringVectors.load(arguments.vector, config), config)
-        return plain(config, tokenizer)
-
-    return needs
 
 
 def positions_of(text: str) -> Rule:
@@ -143,7 +129,7 @@ def _columns(names: list[str], results: list[Result]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, expand=True)
     for name in names:
         table.add_column(name, ratio=1, overflow="fold")
-    table.add_row(*(Text((result.text or "").strip()) for result in results))
+    table.add_row(*(Text(printable((result.text or "").strip())) for result in results))
     return table
 
 

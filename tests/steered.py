@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardlens.engine.edit_table import EditTable
-from shardlens.engine.steering import Steering
+from shardlens.engine import Steering, SteeringVectors
+from shardlens.engine.edit_table import EditTable, TableShape
 from shardlens.model import Transformer, load_weights
 from shardlens.model.points import Tap
 from shardlens.model.source import read_config
+from shardlens.model.tap_edits import EditFn
 from shardlens.parallel.group import TensorParallel
 
 IDS = torch.randint(3, 509, (19,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -84,20 +84,20 @@ def hook_for(layer: Any, point: str, change: Callable[[Tensor], Tensor]) -> Call
 
 @torch.no_grad()
 def oracle(hf: Any, edits: list[Steering]) -> Tensor:
-    """Log-probs [T, V] of the whole text in float64, edits of one place in the list's order."""
+    """Log-probs [T, V] of the whole text in float64, edits of one tap in the list's order."""
     hf.double()
-    by_place: dict[Tap, list[Steering]] = {}
+    by_tap: dict[Tap, list[Steering]] = {}
     for steering in edits:
         assert not isinstance(steering.layers, str) and steering.point is not None
         for layer in steering.layers:
-            place = Tap(layer, steering.point)
-            if place.point == "resid_pre" and layer:
-                place = Tap(layer - 1, "resid_post")
-            by_place.setdefault(place, []).append(steering)
+            tap = Tap(layer, steering.point)
+            if tap.point == "resid_pre" and layer:
+                tap = Tap(layer - 1, "resid_post")
+            by_tap.setdefault(tap, []).append(steering)
 
-    def change_of(own: list[Steering]) -> Callable[[Tensor], Tensor]:
+    def change_of(steerings: list[Steering]) -> Callable[[Tensor], Tensor]:
         def change(x: Tensor) -> Tensor:
-            for steering in own:
+            for steering in steerings:
                 inside = torch.zeros(len(IDS), 1, dtype=torch.bool)
                 inside[POSITIONS[steering.positions]] = True
                 assert isinstance(steering.vector, Tensor)
@@ -109,8 +109,8 @@ def oracle(hf: Any, edits: list[Steering]) -> Tensor:
 
     handles = [
         handle
-        for place, own in by_place.items()
-        for handle in hook_for(hf.model.layers[place.layer], place.point, change_of(own))()
+        for tap, steerings in by_tap.items()
+        for handle in hook_for(hf.model.layers[tap.layer], tap.point, change_of(steerings))()
     ]
     try:
         return hf(torch.tensor([IDS]), use_cache=False).logits[0].log_softmax(-1)
@@ -119,14 +119,24 @@ def oracle(hf: Any, edits: list[Steering]) -> Tensor:
             handle.remove()
 
 
+def edits_of(
+    model: Transformer, steering: Sequence[Steering], prompt_length: int, capacity: int
+) -> EditFn | None:
+    """The edits of one request, as a forward pass takes them."""
+    shape = TableShape.of([(steering, prompt_length)], capacity, model.config)
+    if shape is None:
+        return None
+    table = EditTable(
+        model.config, shape, 1, capacity, dtype=model.dtype, device=model.device, every_site=False
+    )
+    table.put(0, steering, prompt_length)
+    return table.at
+
+
 def forced(model: Transformer, steering: list[Steering]) -> Tensor:
     """Log-probs [T, V] of the text: N_PROMPT tokens in chunks, the rest decoded with a cache."""
     cache = model.new_cache(1, len(IDS))
-    edits = None
-    if steering:
-        edits = EditTable.of(
-            [steering], [N_PROMPT], len(IDS), model.config, model.dtype, model.device
-        )
+    edits = edits_of(model, steering, N_PROMPT, len(IDS))
     ids = torch.tensor([IDS])
     parts = [ids[:, :4], ids[:, 4:N_PROMPT], *ids[:, N_PROMPT:].split(1, dim=1)]
     with torch.no_grad():
@@ -141,38 +151,37 @@ def miss(a: Tensor, b: Tensor) -> float:
 
 def direction(seed: int) -> Tensor:
     """With much in common: of orthogonal ones many orders would come to the same."""
-    common, own = (
+    common, rest = (
         torch.randn(48, generator=torch.Generator().manual_seed(number)) for number in (0, seed)
     )
-    return 0.5 * common + own
+    return 0.5 * common + rest
 
 
-@dataclass(frozen=True)
-class PlaceVectors:
-    """A vector and a norm for each of some places."""
-
-    held: dict[Tap, tuple[Tensor, float | None]]
-    d: int = 48
-    n_layers: int = 3
-
-    @property
-    def taps(self) -> tuple[Tap, ...]:
-        return tuple(self.held)
-
-    def at(self, tap: Tap) -> Tensor:
-        return self.held[tap][0]
-
-    def resid_norm(self, tap: Tap) -> float:
-        norm = self.held[tap][1]
-        if norm is None:
-            raise ValueError(f"no norm is known of layer {tap.layer}, {tap.point}")
-        return norm
-
-
-def by_place(*places: tuple[int, str], norm: float | None = 7.0) -> PlaceVectors:
-    return PlaceVectors(
-        {
-            Tap(layer, point): (direction(10 + number), None if norm is None else norm + number)
-            for number, (layer, point) in enumerate(places)
-        }
+def vectors_at(*layers_and_points: tuple[int, str], norm: float | None = 7.0) -> SteeringVectors:
+    """A vector and a norm of the states for each of some (layer, point)."""
+    taps = [Tap(layer, point) for layer, point in layers_and_points]
+    return SteeringVectors(
+        {tap: direction(10 + number) for number, tap in enumerate(taps)},
+        {} if norm is None else {tap: norm + number for number, tap in enumerate(taps)},
+        n_layers=3,
     )
+
+
+def edit_table(
+    requests: Sequence[tuple[Sequence[Steering], int]], capacity: int, model: Transformer
+) -> EditTable:
+    """The edits of requests, each with its prompt's length, one per slot."""
+    shape = TableShape.of(requests, capacity, model.config)
+    assert shape is not None
+    table = EditTable(
+        model.config,
+        shape,
+        len(requests),
+        capacity,
+        dtype=model.dtype,
+        device=model.device,
+        every_site=False,
+    )
+    for slot, (steerings, prompt_length) in enumerate(requests):
+        table.put(slot, steerings, prompt_length)
+    return table

@@ -16,7 +16,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is broken json ({error}): fetch the file again") from None
+        raise ValueError(
+            f"{path} cannot be read as JSON (broken json: {error}): fetch the file again"
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return content

@@ -16,15 +16,15 @@ from torch import Tensor
 
 import shardlens
 from shardlens.bench import baselines
-from shardlens.bench.baselines import ArmOutput, CachedLensArm, FaithfulBaseline, PaperMethod
+from shardlens.bench.baselines import CachedLens, FaithfulBaseline, PaperMethod, RunOutput
 from shardlens.bench.shared_weights import as_transformers
 from shardlens.model import ModelConfig, Transformer, hf_state_dict, init_weights
 
 PROMPT = [3, 77, 405, 11, 260, 31, 8, 500, 94]
 N_TOKENS, TOP_K, LAYERS = 6, 5, 3
-ARMS = {
+RIVALS = {
     "baseline": FaithfulBaseline,
-    "cached": CachedLensArm,
+    "cached": CachedLens,
     "paper": PaperMethod,
     "paper by layer": lambda hf: PaperMethod(hf, by_layer=True),
 }
@@ -116,40 +116,41 @@ def test_what_transformers_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         as_transformers(small_model("qwen2"))
 
 
-def check_against_ours(model: Transformer, output: ArmOutput, top_k: int) -> None:
+def check_against_ours(model: Transformer, output: RunOutput, top_k: int) -> None:
     n_tokens = len(output.token_ids)
     spec = shardlens.LensSpec(positions="generated", targets=None, top_k=top_k)
-    ours = shardlens.generate(model, PROMPT, max_new_tokens=n_tokens, lens=spec, stop_ids=())
-    assert isinstance(ours, shardlens.Result) and ours.trace is not None
+    lm = shardlens.LanguageModel(model)
+    ours = lm.generate(PROMPT, max_new_tokens=n_tokens, lens=spec, stop_ids=())
+    assert ours.trace is not None and ours.trace.logprobs is not None
     assert output.token_ids == ours.token_ids
     assert output.lens_ids is not None and output.lens_logprobs is not None
     assert output.lens_ids.dtype == torch.int64 and output.lens_logprobs.dtype == torch.float32
     assert torch.equal(output.lens_ids, ours.trace.token_ids)
     assert output.lens_ids[:, -1, 0].tolist() == output.token_ids
-    theirs, own = output.lens_logprobs, ours.trace.logprobs
-    assert (theirs - own).abs().max() <= PASSES
+    theirs, expected = output.lens_logprobs, ours.trace.logprobs
+    assert (theirs - expected).abs().max() <= PASSES
     # positions and layers differ, so that taking one for the other would show
-    assert (theirs[1:] - own[:-1]).abs().amax((1, 2)).min() > EFFECT * PASSES
-    assert (theirs[:, 1:] - own[:, :-1]).abs().amax((0, 2)).min() > EFFECT * PASSES
+    assert (theirs[1:] - expected[:-1]).abs().amax((1, 2)).min() > EFFECT * PASSES
+    assert (theirs[:, 1:] - expected[:, :-1]).abs().amax((0, 2)).min() > EFFECT * PASSES
 
 
-@pytest.mark.parametrize("arm", sorted(ARMS))
-def test_answers_are_ours(model: Transformer, hf: Any, arm: str) -> None:
-    told: list[int] = []
-    output = ARMS[arm](hf).run(PROMPT, N_TOKENS, TOP_K, told.append)
-    assert told == output.token_ids and len(told) == N_TOKENS
+@pytest.mark.parametrize("rival", sorted(RIVALS))
+def test_answers_are_ours(model: Transformer, hf: Any, rival: str) -> None:
+    tokens: list[int] = []
+    output = RIVALS[rival](hf).run(PROMPT, N_TOKENS, TOP_K, tokens.append)
+    assert tokens == output.token_ids and len(tokens) == N_TOKENS
     check_against_ours(model, output, TOP_K)
-    single = ARMS[arm](hf).run(PROMPT, 1, 1)
+    single = RIVALS[rival](hf).run(PROMPT, 1, 1)
     assert single.lens_ids is not None and single.lens_ids.shape == (1, LAYERS, 1)
-    assert single.lens_ids[0, -1, 0] == told[0]
-    for layer in hf.model.layers:  # the next arm runs on the same model
+    assert single.lens_ids[0, -1, 0] == tokens[0]
+    for layer in hf.model.layers:  # the next rival runs on the same model
         assert not layer._forward_hooks and not layer.self_attn._forward_hooks
 
 
 @torch.inference_mode()
 def test_the_last_layer_is_normed_once(hf: Any) -> None:
     """Reading transformers' `hidden_states` for it would norm twice, which is not the same."""
-    output = CachedLensArm(hf).run(PROMPT, 1, TOP_K)
+    output = CachedLens(hf).run(PROMPT, 1, TOP_K)
     assert output.lens_ids is not None and output.lens_logprobs is not None
     found = hf(torch.tensor([PROMPT]), output_hidden_states=True)
     twice = hf.lm_head(hf.model.norm(found.hidden_states[-1][:, -1])).log_softmax(-1)
@@ -160,7 +161,7 @@ def test_the_last_layer_is_normed_once(hf: Any) -> None:
 
 
 def test_cost_of_the_baseline(hf: Any) -> None:
-    """8L + 2 head products a token over all positions, the MLP twice, no cache, logits kept."""
+    """8L + 2 head products per token over all positions, the MLP twice, no cache, logits kept."""
     alive: list[int] = []
     logits: list[weakref.ref[Tensor]] = []
     hook = hf.lm_head.register_forward_hook(lambda m, i, out: logits.append(weakref.ref(out)))
@@ -182,7 +183,7 @@ def test_cost_of_the_baseline(hf: Any) -> None:
     assert not any(made() is not None for made in logits)
 
 
-def test_cost_of_the_cached_arms(hf: Any) -> None:
+def test_cost_of_the_cached_rivals(hf: Any) -> None:
     """One new position a step; the head over L rows at each, or over all of them at the end."""
     sampled = [1] * N_TOKENS
     expected = {
@@ -190,21 +191,21 @@ def test_cost_of_the_cached_arms(hf: Any) -> None:
         "paper": [*sampled, N_TOKENS * LAYERS],
         "paper by layer": [*sampled, *[N_TOKENS] * LAYERS],
     }
-    for arm, rows in expected.items():
+    for rival, rows in expected.items():
         with calls(hf.lm_head) as products, calls(hf.model.layers[0].self_attn.k_proj) as keys:
-            ARMS[arm](hf).run(PROMPT, N_TOKENS, TOP_K)
-        assert list(map(n_rows, products)) == rows, arm
-        assert list(map(n_rows, keys)) == [len(PROMPT), *[1] * (N_TOKENS - 1)], arm
+            RIVALS[rival](hf).run(PROMPT, N_TOKENS, TOP_K)
+        assert list(map(n_rows, products)) == rows, rival
+        assert list(map(n_rows, keys)) == [len(PROMPT), *[1] * (N_TOKENS - 1)], rival
 
 
 def test_half_dtype() -> None:
-    """All arms read what the model in its half dtype says, as float32."""
+    """All rivals read what the model in its half dtype says, as float32."""
     half = as_transformers(small_model("llama-gqa-tied", torch.bfloat16))
     with torch.inference_mode():
         logits = half(torch.tensor([PROMPT])).logits[0, -1].float()
     said, rounding = logits.log_softmax(-1), logits.abs().max() * torch.finfo(torch.bfloat16).eps
-    for name, arm in ARMS.items():
-        output = arm(half).run(PROMPT, 1, TOP_K)
+    for name, rival in RIVALS.items():
+        output = rival(half).run(PROMPT, 1, TOP_K)
         assert output.lens_ids is not None and output.lens_logprobs is not None
         assert output.lens_logprobs.dtype == torch.float32
         read, ids = output.lens_logprobs[0, -1], output.lens_ids[0, -1]

@@ -11,8 +11,11 @@ import torch
 from oracles import SMALL
 from torch import Tensor
 
-from shardlens.bench import end_to_end, scaling
-from shardlens.bench.arm_measures import (
+from shardlens.bench import end_to_end, end_to_end_runs, scaling
+from shardlens.bench.baselines import RunOutput
+from shardlens.bench.end_to_end import print_result, verdicts
+from shardlens.bench.end_to_end_checks import disagreement, problems
+from shardlens.bench.end_to_end_runs import (
     LENS,
     PAPER,
     PLAIN,
@@ -22,17 +25,14 @@ from shardlens.bench.arm_measures import (
     measure_times,
     peak_bytes,
 )
-from shardlens.bench.baselines import ArmOutput
-from shardlens.bench.end_to_end_checks import disagreement, problems
-from shardlens.bench.end_to_end_report import print_result, verdicts
-from shardlens.bench.models import N_LAYERS, model_config, random_model
+from shardlens.bench.shapes import N_LAYERS, model_config, random_model
 from shardlens.engine.plan import plan
 from shardlens.model import ModelConfig, Transformer
-from shardlens.parallel.group import TensorParallel
+from shardlens.parallel import TensorParallel
 
 SETUP = Setup("cpu", torch.float32, torch.device("cpu"), prompt_tokens=9, new_tokens=6, rounds=1)
 CONFIG = ModelConfig.from_hf({**SMALL, "architectures": ["LlamaForCausalLM"]})
-N_ARMS = 7
+N_RUNS = 7
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +41,35 @@ def model() -> Transformer:
 
 
 def test_checks_are_green_and_can_be_red(model: Transformer) -> None:
-    arms = end_to_end.all_runs(model)
+    runs = end_to_end.all_runs(model)
     prompt = SETUP.prompt(CONFIG.vocab_size)
-    assert problems(model, arms, prompt, 4, 5) == {}
+    assert problems(model, runs, prompt, 4, 5) == {}
 
-    def other_lens(*args: Any) -> ArmOutput:
-        right = arms[LENS](*args)
+    def other_lens(*args: Any) -> RunOutput:
+        right = runs[LENS](*args)
         assert right.lens_ids is not None
         ids = right.lens_ids.clone()
         ids[1, 2, 0] += 1
         return dataclasses.replace(right, lens_ids=ids)
 
-    def other_text(*args: Any) -> ArmOutput:
-        right = arms[PLAIN](*args)
+    def other_text(*args: Any) -> RunOutput:
+        right = runs[PLAIN](*args)
         return dataclasses.replace(right, token_ids=right.token_ids[::-1])
 
     wrong = ["top-1 of new token 1 at layer 2"]
-    for name in (PAPER, LENS):  # said of the arm that is wrong, and of no other
-        assert problems(model, {**arms, name: other_lens}, prompt, 4, 5) == {name: wrong}
-    red = problems(model, {**arms, PLAIN: other_text}, prompt, 4, 5)
+    for name in (PAPER, LENS):  # said of the run that is wrong, and of no other
+        assert problems(model, {**runs, name: other_lens}, prompt, 4, 5) == {name: wrong}
+    red = problems(model, {**runs, PLAIN: other_text}, prompt, 4, 5)
     assert red == {name: ["the lens changes the text"] for name in (PLAIN, LENS)}
-    unmoved = {**arms, STEERED: arms[LENS]}
+    unmoved = {**runs, STEERED: runs[LENS]}
     red = problems(model, unmoved, prompt, 4, 5)
     assert list(red) == [STEERED] and red[STEERED][0] == "steering has no effect"
     assert "against hooks" in red[STEERED][1]
 
 
 def test_near_ties_are_no_disagreement() -> None:
-    def output(ids: list[int], logprobs: Tensor) -> ArmOutput:
-        return ArmOutput([ids[0]], torch.tensor([[ids]]), logprobs[None, None])
+    def output(ids: list[int], logprobs: Tensor) -> RunOutput:
+        return RunOutput([ids[0]], torch.tensor([[ids]]), logprobs[None, None])
 
     ours = output([3, 4], torch.tensor([-1.0, -1.0005]))
     assert disagreement(ours, output([4, 3], torch.tensor([-1.0, -1.0005])), 1e-3) is None
@@ -84,34 +84,34 @@ def test_a_whole_run(
 ) -> None:
     monkeypatch.setattr(end_to_end, "make_model", lambda setup, parallel: model)
 
-    def peaks(model: Any, arms: dict[str, Any], setup: Setup, times: Any) -> dict[str, int]:
-        return {name: peak_bytes(run, name, setup, 509) or 1 for name, run in arms.items()}
+    def peaks(model: Any, runs: dict[str, Any], setup: Setup, times: Any) -> dict[str, int]:
+        return {name: peak_bytes(run, name, setup, 509) or 1 for name, run in runs.items()}
 
     monkeypatch.setattr(end_to_end, "measure_peaks", peaks)
     result = end_to_end.run(SETUP, TensorParallel.single())
     print_result(result)
     json.dumps(result)
-    assert len(result["arms"]) + len(result["left_out"]) == N_ARMS + 1  # and a variant of one
-    assert result["arms"]["1 baseline"]["extrapolated"]
+    assert len(result["impls"]) + len(result["left_out"]) == N_RUNS + 1  # and a variant of one
+    assert result["impls"]["1 baseline"]["extrapolated"]
     claims = {claim["claim"]: claim for claim in result["claims"]}
-    speed = [result["arms"][name]["tokens_per_s"] for name in (LENS, PLAIN)]
+    speed = [result["impls"][name]["tokens_per_s"] for name in (LENS, PLAIN)]
     assert claims["speed with lens over without"]["figure"] == speed[0] / speed[1]
     printed = capsys.readouterr().out
     assert "NOT MET" in printed or all(c["met"] is not False for c in claims.values())
-    low = {**result, "arms": {**result["arms"]}}
-    low["arms"][LENS] = {**low["arms"][LENS], "tokens_per_s": 1e-9}
+    low = {**result, "impls": {**result["impls"]}}
+    low["impls"][LENS] = {**low["impls"][LENS], "tokens_per_s": 1e-9}
     assert not verdicts(low)[0]["met"]
     # shares say what they are of
     moved_per_s = speed[1] * result["moved_bytes_per_token"]
-    plain = result["arms"][PLAIN]
+    plain = result["impls"][PLAIN]
     assert plain["copy_bandwidth_share"] == moved_per_s / (1e9 * result["copy_gb_per_s"])
     assert plain["nominal_bandwidth_share"] is None  # of a CPU no data sheet is known
     assert "copy bandwidth" in printed and "of nominal" in printed
     assert claims["share of measured copy bandwidth without lens"]["target"] is None
-    rivals_alone = {**result, "arms": {PAPER: result["arms"][PAPER]}}
+    rivals_alone = {**result, "impls": {PAPER: result["impls"][PAPER]}}
     assert verdicts(rivals_alone) == []
     known = {**result, "device": "cuda"}
-    known["arms"] = {PLAIN: {**plain, "copy_bandwidth_share": 0.8, "nominal_bandwidth_share": 0.7}}
+    known["impls"] = {PLAIN: {**plain, "copy_bandwidth_share": 0.8, "nominal_bandwidth_share": 0.7}}
     targets = {claim["claim"]: claim["target"] for claim in verdicts(known)}
     assert targets == {
         "share of measured copy bandwidth without lens": 0.75,
@@ -121,12 +121,11 @@ def test_a_whole_run(
 
 def test_extrapolation_is_a_sum_over_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds that grow with the length in a straight line are added up exactly."""
-    from shardlens.bench import arm_measures
 
     def linear(run: Any, prompt: list[int], n: int, device: Any) -> Any:
-        return arm_measures.Sample(float(len(prompt)), float(len(prompt)))
+        return end_to_end_runs.Sample(float(len(prompt)), float(len(prompt)))
 
-    monkeypatch.setattr(arm_measures, "timed", linear)
+    monkeypatch.setattr(end_to_end_runs, "timed", linear)
     found = _uncached(lambda *args: None, SETUP, 509)  # type: ignore[arg-type, return-value]
     assert found["tokens_per_s"] == pytest.approx(6 / sum(range(9, 15)))
 
@@ -134,7 +133,7 @@ def test_extrapolation_is_a_sum_over_lengths(monkeypatch: pytest.MonkeyPatch) ->
 def test_figures_are_handed_over_as_soon_as_they_are_there() -> None:
     ran: list[str] = []
 
-    def arm(name: str) -> Any:
+    def made(name: str) -> Any:
         def run(prompt: list[int], n: int, k: int, on_token: Any) -> None:
             ran.append(name)
             on_token(1)
@@ -142,9 +141,9 @@ def test_figures_are_handed_over_as_soon_as_they_are_there() -> None:
         return run
 
     seen: list[tuple[str, int]] = []
-    arms = {name: arm(name) for name in ("a", "b")}
+    runs = {name: made(name) for name in ("a", "b")}
     setup = dataclasses.replace(SETUP, rounds=2)
-    measure_times(arms, setup, 509, lambda name, figures: seen.append((name, len(ran))))
+    measure_times(runs, setup, 509, lambda name, figures: seen.append((name, len(ran))))
     assert ran == ["a", "b", "b", "a"]
     assert seen == [("a", 1), ("b", 2), ("b", 3), ("a", 4)]
 

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from shardlens.bench import gpu
-from shardlens.bench.gpu_journal import Journal, card
-from shardlens.bench.gpu_process import Group
-from shardlens.bench.gpu_stage import STAGES
-from shardlens.bench.report import bandwidth_shares, nominal_bandwidth_bytes_per_s
+from shardlens.bench.gpu import STAGES
+from shardlens.bench.processes import Group
+from shardlens.bench.report import Journal, bandwidth_shares, card, nominal_bandwidth_bytes_per_s
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ def test_stages_share_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu, "time", type("Clock", (), {"monotonic": lambda: now[0]}))
     monkeypatch.setattr(gpu, "device_name", lambda: "NVIDIA H100 80GB HBM3")
 
-    def run_stage(stage: str, seconds: float, file: Path, *rest: Any) -> bool:
+    def start_stage(stage: str, seconds: float, file: Path, *rest: Any) -> bool:
         ran.append((stage, seconds, file.name, *rest))
         now[0] += seconds / 2 if stage == "truth" else seconds
         return stage != "claims"
@@ -93,7 +92,7 @@ def test_stages_share_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), *words])
         return gpu.main()
 
-    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    monkeypatch.setattr(gpu, "start_stage", start_stage)
     monkeypatch.setattr(gpu, "exit_on_sigterm", lambda: None)
     assert main() == 1  # claims did not end well; what comes after it ran
     assert [stage for stage, *_ in ran] == list(STAGES)
@@ -105,13 +104,13 @@ def test_stages_share_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert claims_s == pytest.approx((27 * 60 - truth_s / 2) / 2 - 8)
     assert truth_s / 2 + claims_s + end_to_end_s + 8 == pytest.approx(27 * 60)
     truth = (tmp_path / names[0]).resolve()
-    assert [tests for _, _, _, tests, _ in ran] == [[], [truth], [truth]]
+    assert [tests for _, _, _, tests, _ in ran] == [None, truth, truth]
     assert main("--minutes", "3") == 1
     assert ran[0][1] == pytest.approx(0.3 * 180 - 8)
     assert main("--stage", "end-to-end", "--shapes", "qwen3-4b,llama-3.1-8b") == 0
     ((stage, seconds, _, tests, shapes),) = ran
     assert stage == "end-to-end" and seconds == 9 * 60 - 8
-    assert tests == [] and shapes == ["qwen3-4b", "llama-3.1-8b"]
+    assert tests is None and shapes == ["qwen3-4b", "llama-3.1-8b"]
     for words in (("--shapes", "gpt-2"), ("--minutes", "0.1"), ("--stage", "all")):
         with pytest.raises(SystemExit) as refused:
             main(*words)
@@ -125,7 +124,7 @@ def test_a_stage_that_dies_is_said_to(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def dies(code: str) -> Any:
         monkeypatch.setattr(gpu, "Group", lambda words: Group([sys.executable, "-c", code]))
-        assert not gpu.run_stage("truth", 5.0, path, [], [])
+        assert not gpu.start_stage("truth", 5.0, path, None, [])
         return json.loads(path.read_text())
 
     assert dies("import os; os.abort()") == {"finished": False, "ended": "signal SIGABRT"}

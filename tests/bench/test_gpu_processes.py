@@ -15,19 +15,20 @@ import pytest
 import torch
 
 from shardlens.bench import gpu_suite
-from shardlens.bench.gpu_process import ENVIRONMENT, Group
 from shardlens.bench.gpu_suite import (
     CAPTURED_STEPS,
     CAPTURED_TESTS,
     KERNEL_TESTS,
     NOT_ON_A_CARD,
-    TESTED,
+    OF_NO_OP,
     TestRun,
     kernel_files,
     red_of,
     results_of,
+    vouched_by,
 )
-from shardlens.bench.shapes import OPS
+from shardlens.bench.ops import OPS
+from shardlens.bench.processes import ENVIRONMENT, Group
 
 # Starts a program that sleeps, writes its id to a file, and goes on as the second argument says.
 PARENT = """
@@ -81,10 +82,11 @@ def wait_for(what: Any, seconds: float = 60.0) -> None:
 
 def test_every_kernel_test_is_mapped() -> None:
     files = {path.stem for path in KERNEL_TESTS.glob("test_*.py")}
-    assert files and files <= {*TESTED}, "a new file of tests/kernels belongs into TESTED"
-    assert {op for ops in TESTED.values() for op in ops} == {*OPS}
-    for op in OPS:
-        assert any(op in TESTED[file] for file in files), f"no test of {op}"
+    assert files
+    for file in files:
+        assert vouched_by(file) or file in OF_NO_OP, f"{file} belongs into an operation's tests"
+    for name, op in OPS.items():
+        assert op.tests and {*op.tests} <= files, f"{name} names a test that does not exist"
     chosen = {path.stem for path in kernel_files()}
     assert chosen == files - {*NOT_ON_A_CARD} and "test_compiled" not in chosen
     assert CAPTURED_TESTS.exists()
@@ -182,27 +184,36 @@ def test_what_a_program_started_ends_with_it(sleeps: int, code: int | None, tmp_
 
 @pytest.mark.slow
 def test_a_killed_stage_leaves_what_it_has(tmp_path: Path) -> None:
-    """SIGKILL between two arms: the file is whole, and says what was in progress."""
+    """SIGKILL between two runs: the file is whole, and says what was in progress."""
     path, truth = tmp_path / "x.json", tmp_path / "truth.json"
     truth.write_text(json.dumps({"tests": {"test_graphs": {"failures": {}}}}))
-    words = ["end-to-end", "--seconds", "300", "--file", str(path), "--truth", str(truth)]
-    command = [sys.executable, "-m", "shardlens.bench.gpu_stage", *words, "--shapes", "cpu-small"]
+    words = [
+        "--stage",
+        "end-to-end",
+        "--seconds",
+        "300",
+        "--file",
+        str(path),
+        "--truth",
+        str(truth),
+    ]
+    command = [sys.executable, "-m", "shardlens.bench.gpu", *words, "--shapes", "cpu-small"]
     process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
 
     def content() -> Any:
         return json.loads(path.read_text()) if path.exists() else {"shapes": {}}
 
-    def has_an_arm() -> bool:
+    def has_figures() -> bool:
         shapes = content().get("shapes", {})
-        return bool(shapes.get("cpu-small", {}).get("arms"))
+        return bool(shapes.get("cpu-small", {}).get("impls"))
 
     try:
-        wait_for(has_an_arm, 120)
+        wait_for(has_figures, 120)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     found = content()
     assert found["finished"] is False and found["in_progress"].startswith("cpu-small: ")
     (shape,) = found["shapes"].values()
-    assert "5 shardlens" in shape["arms"] and len(shape["arms"]) < 7
+    assert "5 shardlens" in shape["impls"] and len(shape["impls"]) < 7
     assert found["environment"]["torch"] == torch.__version__

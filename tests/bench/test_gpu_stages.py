@@ -6,25 +6,24 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from oracles import SMALL
 
-from shardlens.bench import gpu_end_to_end, gpu_kernels, gpu_sanitized, gpu_steps, gpu_truth
-from shardlens.bench.arm_measures import LENS, ORACLE, OWN, PAPER, PAPER_BY_LAYER, UNCACHED
-from shardlens.bench.gpu_claims import Claim, bandwidth_share
-from shardlens.bench.gpu_journal import Journal
+from shardlens.bench import gpu_claims, gpu_end_to_end, gpu_steps, gpu_truth, ops
+from shardlens.bench.end_to_end_runs import LENS, ORACLE, OURS, PAPER, PAPER_BY_LAYER, UNCACHED
 from shardlens.bench.gpu_steps import PLAIN, VARIANTS, captured_against_eager, step_times
 from shardlens.bench.gpu_suite import CAPTURED_STEPS, kernel_files
-from shardlens.bench.kernel_checks import RedCheck
-from shardlens.bench.kernels import Bench, measure
-from shardlens.bench.models import random_model
-from shardlens.bench.shapes import Case
+from shardlens.bench.kernels import Bench, RedCheck, measure
+from shardlens.bench.op import Case, Claim, copy_share
+from shardlens.bench.report import Journal
+from shardlens.bench.shapes import random_model
 from shardlens.bench.timing import Rates
 from shardlens.model import ModelConfig, Transformer
-from shardlens.parallel.group import TensorParallel
+from shardlens.parallel import TensorParallel
 
 CPU = torch.device("cpu")
 RATES = Rates(copy_bytes_per_s=1e10, matrix_flop_per_s=1e11)
@@ -58,12 +57,12 @@ def on_disk(journal: Journal) -> Any:
 
 @pytest.fixture
 def tiny_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [Claim("share", [NORM, SWIGLU], bandwidth_share, 0.9)]
-    monkeypatch.setattr(gpu_kernels, "default_device", lambda: CPU)
-    monkeypatch.setattr(gpu_kernels, "claims", lambda shrink: made)
-    monkeypatch.setattr(gpu_kernels, "cases", lambda *_: [HEAD])
-    monkeypatch.setattr(gpu_kernels, "odd_checks", lambda device: {})
-    monkeypatch.setattr(gpu_kernels, "plot", lambda *_: None)
+    made = [Claim("share", [NORM, SWIGLU], copy_share, 0.9)]
+    monkeypatch.setattr(gpu_claims, "default_device", lambda: CPU)
+    monkeypatch.setattr(gpu_claims, "claims", lambda rehearsed: made)
+    monkeypatch.setattr(gpu_claims, "cases", lambda *_: [HEAD])
+    monkeypatch.setattr(gpu_claims, "odd_checks", lambda device: {})
+    monkeypatch.setattr(gpu_claims, "plot", lambda *_: None)
     monkeypatch.setattr(Bench, "on", classmethod(lambda cls, device: cls(device, RATES)))
 
 
@@ -74,7 +73,7 @@ def measured_ops(journal: Journal) -> set[str]:
 @pytest.mark.usefixtures("tiny_claims")
 def test_a_red_test_drops_only_its_operation(journal: Journal, tmp_path: Path) -> None:
     truth = truth_with(tmp_path, test_head_kernel=["test_head_kernel::test_a"], test_launch=["b"])
-    gpu_kernels.run(journal, time.monotonic() + 60, truth)
+    gpu_claims.run(journal, time.monotonic() + 60, truth)
     assert measured_ops(journal) == {"rmsnorm_steer", "swiglu"}
     found = on_disk(journal)
     assert found["red"] == {"head_stats": ["test_head_kernel::test_a"]} and not found["failed"]
@@ -89,7 +88,7 @@ def test_a_red_check_drops_only_its_operation(
 ) -> None:
     """Also what was measured of it before; the file has every case as soon as it is measured."""
     again = Case("swiglu", {"rows": 5, "f": 64}, dtype=torch.float32)
-    monkeypatch.setattr(gpu_kernels, "cases", lambda *_: [again, HEAD])
+    monkeypatch.setattr(gpu_claims, "cases", lambda *_: [again, HEAD])
     before: list[int] = []
 
     def checked(bench: Bench, case: Case, *rest: Any, **options: Any) -> Any:
@@ -100,8 +99,8 @@ def test_a_red_check_drops_only_its_operation(
             raise RedCheck(f"{case.label}: y misses float64")
         return measure(bench, case, *rest, **options)
 
-    monkeypatch.setattr(gpu_kernels, "measure", checked)
-    gpu_kernels.run(journal, time.monotonic() + 60, truth_with(tmp_path))
+    monkeypatch.setattr(gpu_claims, "measure", checked)
+    gpu_claims.run(journal, time.monotonic() + 60, truth_with(tmp_path))
     assert 0 == before[0] < before[1] < before[2]
     assert measured_ops(journal) == {"rmsnorm_steer", "head_stats"}
     assert on_disk(journal)["red"] == {"swiglu": [f"{again.label}: y misses float64"]}
@@ -109,7 +108,7 @@ def test_a_red_check_drops_only_its_operation(
 
 @pytest.mark.usefixtures("tiny_claims")
 def test_out_of_time_is_no_verdict(journal: Journal, tmp_path: Path) -> None:
-    gpu_kernels.run(journal, time.monotonic() - 1, truth_with(tmp_path))
+    gpu_claims.run(journal, time.monotonic() - 1, truth_with(tmp_path))
     found = on_disk(journal)
     assert found["rows"] == [] and found["skipped"] == [case.label for case in (NORM, SWIGLU, HEAD)]
     assert found["claims"][0]["figure"] is None and journal.finish() == 0
@@ -131,27 +130,27 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tiny_model")
 @pytest.mark.parametrize("shapes", [("cpu", "cpu-small"), ("cpu-small", "cpu")])
-def test_arms_are_kept_one_by_one_in_any_order_of_shapes(
+def test_figures_are_kept_one_by_one_in_any_order_of_shapes(
     shapes: tuple[str, ...],
     journal: Journal,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Our arms of all shapes, in the order given, then the rivals, in an order of their own."""
+    """Our runs of all shapes, in the order given, then the rivals, in an order of their own."""
     seen: list[tuple[str, str]] = []
     write = journal.write
 
     def spy() -> None:
         write()
         for shape, result in on_disk(journal).get("shapes", {}).items():
-            seen.extend((shape, arm) for arm in result["arms"] if (shape, arm) not in seen)
+            seen.extend((shape, impl) for impl in result["impls"] if (shape, impl) not in seen)
 
     monkeypatch.setattr(journal, "write", spy)
     gpu_end_to_end.run(journal, time.monotonic() + 600, truth_with(tmp_path), shapes)
-    own = [(shape, arm) for shape in shapes for arm in OWN]
-    rivals = [(shape, arm) for shape in ("cpu", "cpu-small") for arm in RIVALS]
-    assert seen == own + rivals
+    ours = [(shape, impl) for shape in shapes for impl in OURS]
+    rivals = [(shape, impl) for shape in ("cpu", "cpu-small") for impl in RIVALS]
+    assert seen == ours + rivals
     found = on_disk(journal)
     assert journal.finish() == 0 and found["red"] == {} and found["skipped"] == {}
     for result in found["shapes"].values():
@@ -160,32 +159,34 @@ def test_arms_are_kept_one_by_one_in_any_order_of_shapes(
             "speed with lens over the paper's method",
             "speed with lens over the baseline",
         }
-        assert len(result["arms"][LENS]["seconds"]) == 2 and result["arms"][LENS]["peak_bytes"] >= 0
+        assert (
+            len(result["impls"][LENS]["seconds"]) == 2 and result["impls"][LENS]["peak_bytes"] >= 0
+        )
     assert "copy bandwidth" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("tiny_model")
-def test_red_captured_steps_drop_our_arms_alone(journal: Journal, tmp_path: Path) -> None:
+def test_red_captured_steps_drop_our_runs_alone(journal: Journal, tmp_path: Path) -> None:
     truth = truth_with(tmp_path, test_graphs=["test_graphs::test_a"], test_head_kernel=["b"])
     gpu_end_to_end.run(journal, time.monotonic() + 600, truth, ("cpu-small",))
     result = on_disk(journal)["shapes"]["cpu-small"]
-    assert list(result["arms"]) == [*RIVALS]
-    for arm in OWN:
-        assert result["left_out"][arm] == "tests of captured steps are red: test_graphs::test_a"
+    assert list(result["impls"]) == [*RIVALS]
+    for impl in OURS:
+        assert result["left_out"][impl] == "tests of captured steps are red: test_graphs::test_a"
     assert on_disk(journal)["red"] == {CAPTURED_STEPS: ["test_graphs::test_a"]}
     assert result["claims"] == [] and journal.finish() == 1
 
 
 @pytest.mark.usefixtures("tiny_model")
-def test_a_red_or_failing_arm_leaves_the_others(
+def test_a_red_or_failing_run_leaves_the_others(
     journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = gpu_end_to_end.problems
 
-    def problems(model: Any, arms: dict[str, Any], *rest: Any) -> dict[str, list[str]]:
-        found = right(model, arms, *rest)
+    def problems(model: Any, runs: dict[str, Any], *rest: Any) -> dict[str, list[str]]:
+        found = right(model, runs, *rest)
         assert not found
-        return {arm: ["wrong"] for arm in (LENS, PAPER_BY_LAYER) if arm in arms}
+        return {name: ["wrong"] for name in (LENS, PAPER_BY_LAYER) if name in runs}
 
     timed = gpu_end_to_end.timed
 
@@ -199,8 +200,8 @@ def test_a_red_or_failing_arm_leaves_the_others(
     gpu_end_to_end.run(journal, time.monotonic() + 600, truth_with(tmp_path), ("cpu-small",))
     found = on_disk(journal)
     result = found["shapes"]["cpu-small"]
-    assert [*result["arms"]] == [OWN[0], OWN[2], PAPER, ORACLE]
-    assert found["red"] == {f"cpu-small: {arm}": ["wrong"] for arm in (LENS, PAPER_BY_LAYER)}
+    assert [*result["impls"]] == [OURS[0], OURS[2], PAPER, ORACLE]
+    assert found["red"] == {f"cpu-small: {name}": ["wrong"] for name in (LENS, PAPER_BY_LAYER)}
     assert result["left_out"][LENS] == "its check is red: wrong"
     assert found["failed"] == {f"cpu-small: {UNCACHED[0]}": "RuntimeError: illegal address"}
 
@@ -218,12 +219,12 @@ def test_what_does_not_fit_is_skipped_with_its_figures(
 
 
 @pytest.mark.usefixtures("tiny_model")
-def test_without_time_arms_are_left_out(journal: Journal, tmp_path: Path) -> None:
+def test_without_time_runs_are_left_out(journal: Journal, tmp_path: Path) -> None:
     gpu_end_to_end.run(journal, time.monotonic() - 1, truth_with(tmp_path), ("cpu-small",))
     result = on_disk(journal)["shapes"]["cpu-small"]
-    assert result["arms"] == {}
-    for arm in (*OWN, *RIVALS):
-        assert result["left_out"][arm].startswith("out of time: about ")
+    assert result["impls"] == {}
+    for impl in (*OURS, *RIVALS):
+        assert result["left_out"][impl].startswith("out of time: about ")
 
 
 # truth
@@ -243,8 +244,11 @@ def test_a_step_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         assert same["equal"] and same["first_difference"] is None and same["tokens"] == 4
     lens, plain = (step_times(model, name, 16, 6, RATES) for name in ("lens, next targets", PLAIN))
     assert lens["launches"] > plain["launches"]
-    texts = iter(([1, 2, 3], [1, 2, 4]))
-    monkeypatch.setattr(gpu_steps, "new_tokens", lambda *_: next(texts))
+
+    def run(self: Any, requests: Any, capture: bool) -> list[Any]:
+        return [SimpleNamespace(tokens=[1, 2, 3 if capture else 4])]
+
+    monkeypatch.setattr(gpu_steps.Engine, "run", run)
     assert captured_against_eager(model, PLAIN, 3)["first_difference"] == 2
 
 
@@ -273,7 +277,7 @@ def test_what_the_sanitizer_finds_is_red(journal: Journal, monkeypatch: pytest.M
 
 
 def test_the_sanitized_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu_sanitized.main()
+    ops.main()
     assert capsys.readouterr().out == "done\n"
 
 

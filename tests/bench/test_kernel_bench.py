@@ -11,23 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from shardlens.bench import kernels, rivals, timing
-from shardlens.bench.gpu_claims import (
-    Claim,
-    bandwidth_share,
-    claims,
-    memory_mib,
-    rival_ratio,
-    verdicts,
+from shardlens.bench import kernel_report, kernels, timing
+from shardlens.bench.gpu_claims import odd_checks, verdicts
+from shardlens.bench.kernel_report import COLUMNS
+from shardlens.bench.kernels import (
+    Bench,
+    Checker,
+    RedCheck,
+    impls_of,
+    measure,
+    rivals_of,
 )
-from shardlens.bench.gpu_kernels import ODD_CASES, odd_checks
-from shardlens.bench.kernel_arms import BY_NAME, OURS
-from shardlens.bench.kernel_checks import FLOAT_SLACK, Checker, RedCheck, float_slack
-from shardlens.bench.kernels import COLUMNS, Bench, arms_of, measure
-from shardlens.bench.shapes import GRIDS, MODELS, OPS, Case, cases
+from shardlens.bench.op import FLOAT_SLACK, OURS, Case, Claim, copy_share, rival_ratio
+from shardlens.bench.op_head import memory_mib
+from shardlens.bench.ops import OPS, cases, claims
+from shardlens.bench.shapes import GRIDS, MODELS
 from shardlens.bench.timing import Rates, interleaved, peak_extra_bytes, set_count
 from shardlens.cli import main
-from shardlens.kernels.dispatch import implementation
+from shardlens.kernels import implementation
 
 CPU = torch.device("cpu")
 TINY = {
@@ -90,7 +91,7 @@ def test_unknown_names_are_refused() -> None:
     ],
 )
 def test_costs(case: Case, expected_bytes: int, expected_operations: int | None) -> None:
-    cost = BY_NAME[case.op].cost(case)
+    cost = OPS[case.op].cost(case)
     assert cost.bytes == expected_bytes
     assert expected_operations is None or cost.operations == expected_operations
 
@@ -99,8 +100,8 @@ def test_costs(case: Case, expected_bytes: int, expected_operations: int | None)
 def test_bytes_are_those_of_the_tensors(op: str) -> None:
     """Counted from the shapes, they equal the sizes of what goes in and comes out."""
     case = TINY[op]
-    given = BY_NAME[op].make(case, CPU)
-    out = BY_NAME[op].results(lambda given: BY_NAME[op].reference(**given), given)
+    given = OPS[op].make(case, CPU)
+    out = OPS[op].results(lambda given: OPS[op].reference(**given), given)
 
     def size(value: Any) -> int:
         if isinstance(value, torch.Tensor):
@@ -109,10 +110,10 @@ def test_bytes_are_those_of_the_tensors(op: str) -> None:
 
     if op == "rope_qk":  # of the cache, only what is written counts
         given = {name: value for name, value in given.items() if name not in ("keys", "values")}
-    if op == "head_stats":  # ids and values, and for the two sums the kernel's three
-        out = {"values": out["values"], "ids": out["ids"], "sums": torch.empty(3, 3)}
+    if op == "head_stats":  # ids and logits, and for the two sums the kernel's three
+        out = {"logits": out["logits"], "token_ids": out["token_ids"], "sums": torch.empty(3, 3)}
     moved = sum(map(size, [*given.values(), *out.values()]))
-    assert BY_NAME[op].cost(case).bytes == moved
+    assert OPS[op].cost(case).bytes == moved
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -120,8 +121,8 @@ def test_small_grid_runs(op: str, bench: Bench) -> None:
     """The first true shape of each operation, without compiling."""
     case = cases("small", [op], torch.float32)[0]
     rows = measure(bench, case, seconds=0.01, compiled=False)
-    assert {row["arm"] for row in rows} >= {OURS, "eager"}
-    assert not [arm for arm in bench.left_out if arm.startswith(case.label)]
+    assert {row["impl"] for row in rows} >= {OURS, "eager"}
+    assert not [what for what in bench.left_out if what.startswith(case.label)]
     for row in rows:
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         seconds = row["p50_ms"] / 1e3
@@ -138,9 +139,9 @@ def test_kernels_pass_the_checks(op: str) -> None:
     """In Triton's interpreter on this machine, with bf16 as on a GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     case = TINY[op]
-    given = BY_NAME[op].make(case, device)
+    given = OPS[op].make(case, device)
     with implementation("triton"), torch.no_grad():
-        assert Checker(case, given).problem(OURS, arms_of(case, device, False)[OURS]) is None
+        assert Checker(case, given).problem(OURS, impls_of(case, device, False)[OURS]) is None
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -150,21 +151,21 @@ def test_a_red_check_refuses_to_report(
 ) -> None:
     """One wrong number in each result, by a hundredth of its row's largest: nothing is reported."""
     case = replace(TINY[op], dtype=dtype)
-    right = BY_NAME[op].results
+    right = OPS[op].results
 
-    def results(arm: Any, given: Any) -> dict[str, torch.Tensor]:
-        found = dict(right(arm, given))
-        if arm is ours:
+    def results(impl: Any, given: Any) -> dict[str, torch.Tensor]:
+        found = dict(right(impl, given))
+        if impl is ours:
             value = found[wrong] = found[wrong].clone()
             row = value.flatten(0, -2)[-1] if value.ndim > 1 else value
-            row[-1] += 1 if wrong == "ids" else row.abs().max() / 30
+            row[-1] += 1 if wrong == "token_ids" else row.abs().max() / 30
         return found
 
-    for wrong in BY_NAME[op].names:
-        arms = arms_of(case, CPU, compiled=False)
-        ours = arms[OURS]
-        monkeypatch.setattr(kernels, "arms_of", lambda *_, arms=arms: arms)
-        monkeypatch.setattr(BY_NAME[op], "results", results)
+    for wrong in OPS[op].result_names:
+        impls = impls_of(case, CPU, compiled=False)
+        ours = impls[OURS]
+        monkeypatch.setattr(kernels, "impls_of", lambda *_, impls=impls: impls)
+        monkeypatch.setattr(OPS[op], "results", results)
         with pytest.raises(RedCheck, match=f"{op} .*: {wrong} misses float64"):
             measure(bench, case, seconds=0.01, compiled=False)
     assert not bench.rows
@@ -178,31 +179,33 @@ def test_float_results_may_miss_what_tensor_cores_truncate() -> None:
 
     cuda = torch.device("cuda")
     norm = replace(TINY["rmsnorm_steer"], sizes={"rows": 2, "d": 8192})
-    assert float_slack(head(8192), cuda) == pytest.approx(8192 / 16 * 2**-24)
-    assert float_slack(head(512), cuda) == float_slack(norm, cuda) == FLOAT_SLACK
-    assert float_slack(head(8192), CPU) == FLOAT_SLACK  # which has none
+    slack = OPS["head_stats"].float_slack
+    assert slack(head(8192), cuda) == pytest.approx(8192 / 16 * 2**-24)
+    assert slack(head(512), cuda) == FLOAT_SLACK
+    assert OPS["rmsnorm_steer"].float_slack(norm, cuda) == FLOAT_SLACK
+    assert slack(head(8192), CPU) == FLOAT_SLACK  # which has none
     case = head(8192)
-    given = BY_NAME["head_stats"].make(case, CPU)
+    given = OPS["head_stats"].make(case, CPU)
     checker = Checker(case, given)
     x, weight = given["x"].double(), given["weight"].double()
 
     def off_by(share: float) -> str | None:
-        def arm(_: Any) -> tuple[torch.Tensor, ...]:
+        def shifted(_: Any) -> tuple[torch.Tensor, ...]:
             z = x @ weight.T
             z = (z - share * z.abs().amax(-1, keepdim=True)).float()
             log_probs = z.log_softmax(-1)
             entropy = -(log_probs.exp() * log_probs).sum(-1)
             return (*z.topk(1), z.logsumexp(-1), entropy)
 
-        return checker.problem(OURS, arm)
+        return checker.problem(OURS, shifted)
 
     assert off_by(0.9 * FLOAT_SLACK) is None
-    assert "values misses float64" in str(off_by(2 * FLOAT_SLACK))
+    assert "logits misses float64" in str(off_by(2 * FLOAT_SLACK))
 
 
 def test_what_is_not_written_or_moves_is_red() -> None:
     case = TINY["swiglu"]
-    given = BY_NAME["swiglu"].make(case, CPU)
+    given = OPS["swiglu"].make(case, CPU)
     checker = Checker(case, given)
     unwritten = checker.problem(OURS, lambda given: torch.empty(3, 67, dtype=torch.bfloat16))
     assert unwritten is not None and "NaN" in unwritten
@@ -216,26 +219,26 @@ def test_a_wrong_rival_is_left_out_and_named(bench: Bench, monkeypatch: pytest.M
     def fails(given: Any) -> Any:
         raise RuntimeError("needs another GPU")
 
-    arms = arms_of(case, CPU, compiled=False)
-    arms |= {"half": lambda given: BY_NAME["swiglu"].reference(**given) / 2, "fails": fails}
-    monkeypatch.setattr(kernels, "arms_of", lambda *_: arms)
+    impls = impls_of(case, CPU, compiled=False)
+    impls |= {"half": lambda given: OPS["swiglu"].reference(**given) / 2, "fails": fails}
+    monkeypatch.setattr(kernels, "impls_of", lambda *_: impls)
     rows = measure(bench, case, seconds=0.01)
-    assert [row["arm"] for row in rows] == [OURS, "eager"]
+    assert [row["impl"] for row in rows] == [OURS, "eager"]
     assert [*bench.left_out][-2:] == [f"{case.label}: half", f"{case.label}: fails"]
     assert bench.left_out[f"{case.label}: fails"] == "RuntimeError: needs another GPU"
 
 
 def test_rivals_that_are_missing_are_named() -> None:
     for op, variant in (("rmsnorm_steer", "norm"), ("head_stats", "")):
-        found, missing = rivals.rivals_of(op, variant)
-        assert {*found, *missing} == {*rivals.names_of(op, variant)}
-    assert rivals.rivals_of("rope_qk", "plain") == ({}, {})
+        found, missing = rivals_of(Case(op, {}, variant))
+        assert {*found, *missing} == {*OPS[op].rivals[variant]}
+    assert rivals_of(Case("rope_qk", {}, "plain")) == ({}, {})
 
 
-def test_arms_take_turns_and_inputs_rotate() -> None:
+def test_runs_take_turns_and_inputs_rotate() -> None:
     seen: list[tuple[str, int]] = []
-    arms = {name: lambda given, name=name: seen.append((name, given)) for name in "abc"}
-    times = interleaved(arms, [0, 1], CPU, seconds=0)
+    runs = {name: lambda given, name=name: seen.append((name, given)) for name in "abc"}
+    times = interleaved(runs, [0, 1], CPU, seconds=0)
     assert times["a"].rounds == timing.LEAST_ROUNDS and times["a"].how == "cpu"
     turns = ["".join(name for name, _ in seen[at : at + 3]) for at in range(3, len(seen), 3)]
     assert turns == ["abc", "bca", "cab", "abc", "bca"]
@@ -254,21 +257,21 @@ def test_peak_memory_counts_what_a_run_holds() -> None:
 def test_command_writes_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernels, "RESULTS", tmp_path)
+    monkeypatch.setattr(kernel_report, "RESULTS", tmp_path)
     monkeypatch.setattr("shardlens.bench.report.RESULTS", tmp_path)
-    monkeypatch.setattr(kernels, "cases", lambda *_: [in_float32(TINY["swiglu"])])
+    monkeypatch.setattr(kernel_report, "cases", lambda *_: [in_float32(TINY["swiglu"])])
     monkeypatch.setattr("shardlens.bench_command.default_device", lambda: CPU)
     monkeypatch.setattr(kernels, "SECONDS_PER_CASE", {"cpu": 0.01})
     monkeypatch.setattr(kernels, "SECONDS_FOR_RATES", 0.01)
     real = kernels.measure
-    monkeypatch.setattr(kernels, "measure", lambda *a, **_: real(*a, compiled=False))
+    monkeypatch.setattr(kernel_report, "measure", lambda *a, **_: real(*a, compiled=False))
     out = tmp_path / "out.json"
     threads = torch.get_num_threads()
     assert main(["bench", "kernels", "--ops", "swiglu", "--save", "x", "--json", str(out)]) == 0
     assert torch.get_num_threads() == threads
     with (tmp_path / "x.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == list(COLUMNS) and [row["arm"] for row in rows] == [OURS, "eager"]
+    assert list(rows[0]) == list(COLUMNS) and [row["impl"] for row in rows] == [OURS, "eager"]
     assert rows[0]["hardware"] and rows[0]["dtype"] == "float32"
     printed = capsys.readouterr().out.splitlines()
     result = json.loads(printed[-1])
@@ -300,12 +303,12 @@ def test_bad_input_is_refused(
 def test_claims_are_decided_by_the_worst_case() -> None:
     def rows(label: int, ours_ms: float, rival_ms: float, share: float) -> list[dict[str, Any]]:
         row = {"op": "swiglu", "variant": "", "shape": f"rows={label} f=2", "noise": 0.01}
-        ours = row | {"arm": OURS, "p50_ms": ours_ms, "copy_bandwidth_share": share}
-        return [ours, row | {"arm": "eager", "p50_ms": rival_ms}]
+        ours = row | {"impl": OURS, "p50_ms": ours_ms, "copy_bandwidth_share": share}
+        return [ours, row | {"impl": "eager", "p50_ms": rival_ms}]
 
     shapes = [Case("swiglu", {"rows": n, "f": 2}) for n in (1, 2)]
     made = [
-        Claim("share", shapes, bandwidth_share, 0.9),
+        Claim("share", shapes, copy_share, 0.9),
         Claim("rivals", shapes, rival_ratio, 1.0),
     ]
     good, bad = rows(1, 1.0, 0.995, 0.95), rows(2, 1.0, 0.9, 0.85)
@@ -324,7 +327,8 @@ def test_claims_are_decided_by_the_worst_case() -> None:
 
 
 def test_gpu_claims_and_checks_cover_the_operations() -> None:
-    claimed = {case.op for claim in claims(shrink=False) for case in claim.cases}
+    claimed = {case.op for claim in claims(rehearsed=False) for case in claim.cases}
     assert claimed == {"rmsnorm_steer", "head_stats", "decode_attention"}
-    assert {case.op for case in ODD_CASES} == {*OPS}
+    assert all(case.op == name for name, op in OPS.items() for case in op.odd_cases)
+    assert all(op.odd_cases and op.launches for op in OPS.values())
     assert odd_checks(CPU) == {}

@@ -10,12 +10,13 @@ import pytest
 import torch
 from tolerances import PASSES
 
+import shardlens
 from shardlens.bench import rank_agreement, report
-from shardlens.bench.models import model_config, random_model
-from shardlens.bench.on_ranks import RANK_ERROR, on_ranks
+from shardlens.bench.processes import RANK_ERROR, on_ranks
 from shardlens.bench.rank_agreement import NEW_TOKENS, PROMPTS, differences, read_prompts, traces_of
+from shardlens.bench.shapes import model_config, random_model
 from shardlens.cli import main
-from shardlens.interp.trace import Trace
+from shardlens.interp import Trace
 from shardlens.model.points import Tap
 from shardlens.model.source import DEMO
 from shardlens.parallel.group import TensorParallel
@@ -76,9 +77,9 @@ def test_figures_by_hand() -> None:
 
 
 def test_runs_with_nothing_in_common() -> None:
-    one, other = (trace_of([9, 4], [[ids, ids]], [[[-1.0, -2.0]] * 2]) for ids in ([1, 2], [3, 4]))
+    a, b = (trace_of([9, 4], [[ids, ids]], [[[-1.0, -2.0]] * 2]) for ids in ([1, 2], [3, 4]))
     with pytest.raises(ValueError, match="no likeliest token in common"):
-        differences([one], [other], [1])
+        differences([a], [b], [1])
 
 
 def test_texts_are_compared_until_they_part() -> None:
@@ -96,7 +97,7 @@ def on(run_ranks: Any, size: int, dtype: torch.dtype, change: float = 0.0) -> li
     def body(parallel: TensorParallel) -> list[Trace]:
         model = random_model(model_config("cpu-small"), parallel, dtype, torch.device("cpu"))
         model.blocks[1].mlp_norm.weight += change
-        return traces_of(model, TINY)
+        return traces_of(shardlens.LanguageModel(model), TINY)
 
     traces: list[Trace] = run_ranks(size, body)[0]
     return traces
@@ -123,8 +124,8 @@ def test_bfloat16_differs_as_it_does_from_float32(run_ranks: Any) -> None:
     """Rank counts are as far apart as one rank is from float32, within a factor of 3."""
     alone = on(run_ranks, 1, torch.bfloat16)
     mean = compared(on(run_ranks, 2, torch.bfloat16), alone)["lens_topk_nats"]["mean"]
-    own = compared(alone, on(run_ranks, 1, torch.float32))["lens_topk_nats"]["mean"]
-    assert own / 3 < mean < 3 * own
+    rounding = compared(alone, on(run_ranks, 1, torch.float32))["lens_topk_nats"]["mean"]
+    assert rounding / 3 < mean < 3 * rounding
 
 
 def test_prompts(tmp_path: Path) -> None:

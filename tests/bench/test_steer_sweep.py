@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from shardlens.bench import report, steer_sweep
-from shardlens.bench.models import random_model
+from shardlens.bench.shapes import random_model
 from shardlens.bench.steer_sweep import (
-    ARMS,
     EFFECT,
+    IMPLS,
     NATS,
     ONE_PASS,
     SEPARATE,
@@ -52,32 +52,32 @@ def model() -> Transformer:
 def test_rows_are_counted(model: Transformer) -> None:
     """The prompt once and a row a variant; the prompt for each variant."""
     sweep = Sweep.random(TINY, CPU)
-    found, one = counted_rows(ARMS[ONE_PASS], model, sweep)
-    expected, each = counted_rows(ARMS[SEPARATE], model, sweep)
+    found, one = counted_rows(IMPLS[ONE_PASS], model, sweep)
+    expected, each = counted_rows(IMPLS[SEPARATE], model, sweep)
     assert (one, each) == (11 + N_VARIANTS, 12 * N_VARIANTS)
     assert found.shape == expected.shape == (3, len(MULTIPLIERS))
     assert problem(found, expected) is None
-    assert counted_rows(ARMS[ONE_PASS], model, sweep)[1] == one  # the last count has ended
+    assert counted_rows(IMPLS[ONE_PASS], model, sweep)[1] == one  # the last count has ended
 
 
 def test_a_red_check_is_refused(quick: None) -> None:
     """Other numbers, no numbers, and steering that does nothing."""
 
     def slightly_off(model: Transformer, sweep: Sweep) -> Tensor:
-        found = ARMS[ONE_PASS](model, sweep)
+        found = IMPLS[ONE_PASS](model, sweep)
         found[1, 2] += 2 * NATS
         return found
 
     def unsteered(model: Transformer, sweep: Sweep) -> Tensor:
         return torch.ones(3, len(MULTIPLIERS), dtype=torch.float64)
 
-    for arms, message in (
-        ({**ARMS, ONE_PASS: slightly_off}, "of the one pass are 2e-05 nats off"),
-        ({**ARMS, ONE_PASS: unsteered}, "nats off"),
-        ({name: unsteered for name in ARMS}, "moves its propensity by at most 0 nats"),
+    for impls, message in (
+        ({**IMPLS, ONE_PASS: slightly_off}, "of the one pass are 2e-05 nats off"),
+        ({**IMPLS, ONE_PASS: unsteered}, "nats off"),
+        ({name: unsteered for name in IMPLS}, "moves its propensity by at most 0 nats"),
     ):
         with pytest.raises(ValueError, match=f"a check is red, nothing is measured: .*{message}"):
-            steer_sweep.steer_sweep(2, CPU, TINY, arms)
+            steer_sweep.steer_sweep(2, CPU, TINY, impls)
     curves = torch.tensor(MULTIPLIERS, dtype=torch.float64).expand(3, -1) * EFFECT
     assert problem(curves, curves) is None
     assert "nan nats off" in str(problem(curves * math.nan, curves))
@@ -92,12 +92,12 @@ def test_a_whole_run(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "checks: green" in printed and "no target" in printed
     assert result["variants"] == N_VARIANTS and 0 <= result["largest_difference_nats"] <= NATS
-    one, each = (result["arms"][name] for name in (ONE_PASS, SEPARATE))
+    one, each = (result["impls"][name] for name in (ONE_PASS, SEPARATE))
     assert result["rows_ratio"] == each["rows"] / one["rows"] == 12 * 21 / 32
     # q, k, v, o: 4 d²; gate, up, down: 3 d f
     assert one["product_flop"] == 2 * 3 * (4 * 32**2 + 3 * 32 * 64) * 32
     assert result["time_ratio"] == each["seconds"]["best"] / one["seconds"]["best"]
-    ratios = result["time_ratio_of_a_turn"]
+    ratios = result["time_ratio_per_round"]
     assert 0 < ratios["least"] <= ratios["p50"] <= ratios["most"]
     assert result["environment"]["threads"] == 1
 

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from oracles import SMALL
+from running import requests_of
 
 import shardlens
 from shardlens.engine import cuda_graph as graphs
-from shardlens.engine import engine as engine_module
-from shardlens.engine.engine import Engine, EngineStep
+from shardlens.engine import runner as runner_module
+from shardlens.engine.engine import Engine, StepCache
+from shardlens.engine.runner import StepRunner
 from shardlens.engine.sampling import Sampling
 from shardlens.engine.steering import Steering
 from shardlens.engine.step import DecodeStep, StepShape
@@ -152,7 +154,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
     }.items():
         monkeypatch.setattr(torch._C, name, call, raising=False)
     monkeypatch.setattr(DecodeStep, "run", logged)
-    monkeypatch.setattr(engine_module, "is_capturable", lambda step: True)
+    monkeypatch.setattr(runner_module, "is_capturable", lambda step: True)
     graphs._side_stream.cache_clear()
     yield made
     graphs._side_stream.cache_clear()
@@ -165,9 +167,9 @@ def model() -> Transformer:
     return made.eval().requires_grad_(False)
 
 
-def new_step(model: Transformer, n_stops: int = 1, capture: bool = True) -> EngineStep:
+def new_step(model: Transformer, n_stops: int = 1, capture: bool = True) -> StepRunner:
     shape = StepShape.of(None, [Sampling()], None, n_stops, 509)
-    return Engine(model, 1, 32, capture=capture).step(shape)
+    return StepCache(model, 1, 32, capture=capture).step(shape)
 
 
 @torch.inference_mode()
@@ -221,15 +223,13 @@ def test_no_capture_where_it_is_off(model: Transformer, cuda: PretendedCuda) -> 
 
 def run(model: Transformer, **options: Any) -> list[shardlens.Result]:
     spec = shardlens.LensSpec(points=("mlp_out", "resid_post"))
-    results = shardlens.generate(
-        model, PROMPTS, sampling=SAMPLINGS, stop_ids=(), max_new_tokens=8,
-        **{"lens": spec, "steering": EDITS, **options},
-    )  # fmt: skip
-    assert isinstance(results, list)
-    return results
+    settings = {"lens": spec, "steering": EDITS, "stop_ids": (), "max_new_tokens": 8, **options}
+    capture = settings.pop("capture", True)
+    requests = requests_of(PROMPTS, sampling=SAMPLINGS, **settings)
+    return shardlens.LanguageModel(model).generate(requests, capture=capture)
 
 
-@pytest.mark.parametrize("part", ["retire", "feed", "read"])
+@pytest.mark.parametrize("part", ["stash_taps", "feed", "read"])
 @pytest.mark.parametrize("mode", ["live", "deferred"])
 def test_a_failed_capture_leaves_an_eager_run_and_one_warning(
     model: Transformer,
@@ -241,19 +241,14 @@ def test_a_failed_capture_leaves_an_eager_run_and_one_warning(
     """Wherever in the step it fails: half of its buffers hold what the warm-up wrote."""
     spec = shardlens.LensSpec(points=("mlp_out", "resid_post"), mode=mode)
     eager = run(model, capture=False, lens=spec)
-    original, engines = getattr(DecodeStep, part), []
-    make = Engine.of.__func__  # type: ignore[attr-defined]
+    original, kept = getattr(DecodeStep, part), StepCache(model, 3, 29, capture=True)
 
     def failing(self: DecodeStep) -> None:
         original(self)
         cuda.fail()
 
-    def kept(cls: Any, *given: Any) -> Engine:  # for the next batch too, as on CUDA
-        engines.extend([] if engines else [make(cls, *given)])
-        return engines[0]
-
     monkeypatch.setattr(DecodeStep, part, failing)
-    monkeypatch.setattr(engine_module.Engine, "of", classmethod(kept))
+    monkeypatch.setattr(Engine, "_steps", lambda *rest: kept)  # for the next batch, too, as on CUDA
     cuda.log.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -263,7 +258,7 @@ def test_a_failed_capture_leaves_an_eager_run_and_one_warning(
     assert f"({WHY})" in message and "\n" not in message and "previous error" not in message
     assert "capture=False" in message and "--eager" in message
     assert sum(line.startswith("begin") for line in cuda.log) == 1, "it is not tried again"
-    (step,) = engines[0].steps.values()
+    (step,) = kept.steps.values()
     assert step.graph is None and cuda.current is cuda.main
     # what PyTorch left open is closed: else no memory could be freed, no number drawn
     assert not cuda.open_pools and "release 1" in cuda.log and not cuda.generator.is_stuck

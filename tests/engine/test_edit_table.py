@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 from oracles import SMALL, hf_model, save
-from steered import IDS, N_PROMPT, SCALE, by_place, direction, edited, forced, load, miss, oracle
+from running import requests_of
+from steered import (
+    IDS,
+    N_PROMPT,
+    SCALE,
+    by_place,
+    direction,
+    edit_table,
+    edited,
+    forced,
+    load,
+    miss,
+    oracle,
+)
 from tolerances import EFFECT, PASSES
 from torch import Tensor
 
@@ -39,7 +52,7 @@ def model(case: tuple[Any, Path]) -> Transformer:
 
 
 def shape_of(*own: Steering, capacity: int = 19) -> TableShape:
-    shape = TableShape.of([own], [N_PROMPT], capacity, CONFIG)
+    shape = TableShape.of([(own, N_PROMPT)], capacity, CONFIG)
     assert shape is not None
     return shape
 
@@ -67,13 +80,13 @@ def at(positions: Any, point: str = "mlp_norm", layers: Any = "all") -> Steering
 )
 def test_levels_only_where_edits_meet(edits: list[Steering], levels: dict[str, int]) -> None:
     shape = shape_of(*edits)
-    assert dict(zip(shape.points, shape.n_levels, strict=True)) == levels
+    assert dict(zip(shape.points, shape.n_passes, strict=True)) == levels
 
 
 def test_requests_do_not_meet() -> None:
-    shape = TableShape.of([[at("all")], [], [at("all")]], [4, 2, 9], 19, CONFIG)
-    assert shape is not None and shape.n_levels == (1,)
-    assert TableShape.of([[], []], [4, 2], 19, CONFIG) is None
+    shape = TableShape.of([([at("all")], 4), ([], 2), ([at("all")], 9)], 19, CONFIG)
+    assert shape is not None and shape.n_passes == (1,)
+    assert TableShape.of([([], 4), ([], 2)], 19, CONFIG) is None
 
 
 def test_rows_of_vectors_are_shared() -> None:
@@ -81,7 +94,7 @@ def test_rows_of_vectors_are_shared() -> None:
     vectors = by_place(*((layer, "mlp_norm") for layer in range(3)))
 
     def n_vectors(*own: Steering) -> int:
-        shape = TableShape.of([own] * 10, [4] * 10, 19, CONFIG)
+        shape = TableShape.of([(own, 4)] * 10, 19, CONFIG)
         assert shape is not None
         return shape.n_vectors
 
@@ -99,18 +112,18 @@ def test_a_shape_covers_what_has_no_more_of_anything() -> None:
     elsewhere = shape_of(at("all"), at("all", "attn_out"), at("all", "attn_out"))
     assert not elsewhere.covers(pair) and not pair.covers(elsewhere)
     assert elsewhere.covers(lone)
-    for size in ("n_vectors", "n_patterns", "n_slots"):
+    for size in ("n_vectors", "n_masks", "n_alternatives"):
         more = dataclasses.replace(pair, **{size: 2 * getattr(pair, size)})
         assert more.covers(pair) and not pair.covers(more)
 
 
 def table(model: Transformer, steerings: list[list[Steering]], lengths: list[int]) -> EditTable:
-    return EditTable.of(steerings, lengths, len(IDS), model.config, model.dtype, model.device)
+    return edit_table(list(zip(steerings, lengths, strict=True)), len(IDS), model)
 
 
 def hidden(model: Transformer, edits: EditTable | None, n_requests: int) -> Tensor:
     with torch.no_grad():
-        return model(torch.tensor([IDS] * n_requests), edits=edits)
+        return model(torch.tensor([IDS] * n_requests), edits=None if edits is None else edits.at)
 
 
 def test_refilled_tables_forget_what_was(model: Transformer) -> None:
@@ -119,7 +132,8 @@ def test_refilled_tables_forget_what_was(model: Transformer) -> None:
     other = [Steering(direction(7), [1], positions=5, scale=2.0)]
     own = table(model, [deep, deep], [N_PROMPT, 4])
     for steerings in ([other, []], [[], []], [[], deep[1:]], [deep, deep]):
-        own.fill(steerings, [N_PROMPT, 4])
+        for slot, steering in enumerate(steerings):
+            own.put(slot, steering, [N_PROMPT, 4][slot])
         found = hidden(model, own, 2)
         for request, steering in enumerate(steerings):
             alone = table(model, [steering], [[N_PROMPT, 4][request]]) if steering else None
@@ -150,15 +164,18 @@ SPEC = shardlens.LensSpec(points=("resid_mid", "mlp_norm", "resid_post"), top_k=
 
 def generated(model: Transformer, requests: list[int], *, backwards: bool = False) -> list[Any]:
     """Traces of those requests, run as one batch."""
-    results = shardlens.generate(
-        model,
-        [PROMPTS[request] for request in requests],
-        max_new_tokens=5,
-        stop_ids=(),
-        lens=SPEC,
-        steering=[STEERINGS[request][:: -1 if backwards else 1] for request in requests],
+    results = shardlens.LanguageModel(model).generate(
+        [
+            shardlens.Request(
+                PROMPTS[request],
+                5,
+                steering=STEERINGS[request][:: -1 if backwards else 1],
+                lens=SPEC,
+                stop_ids=(),
+            )
+            for request in requests
+        ]
     )
-    assert isinstance(results, list)
     return [result.trace for result in results]
 
 
@@ -171,7 +188,7 @@ def test_a_batch_is_each_alone(model: Transformer, requests: list[int]) -> None:
             assert miss(getattr(trace, name), getattr(alone, name)) <= PASSES, name
         if STEERINGS[request]:
             n = len(PROMPTS[request])  # from there on texts may differ too
-            bare = shardlens.lens(model, PROMPTS[request], points=SPEC.points)
+            bare = shardlens.LanguageModel(model).lens(PROMPTS[request], points=SPEC.points)
             assert miss(bare.entropy[:n], alone.entropy[:n]) > EFFECT * PASSES
             (backwards,) = generated(model, [request], backwards=True)
             assert miss(backwards.entropy, alone.entropy) > EFFECT * PASSES
@@ -215,15 +232,14 @@ def test_label_is_the_position_after_each_prompt(model: Transformer) -> None:
     """In a batch of unlike prompts, and it is none of the prompt's own."""
 
     def traces(rules: list[Any]) -> list[Any]:
-        results = shardlens.generate(
-            model,
+        requests = requests_of(
             PROMPTS,
             max_new_tokens=3,
             stop_ids=(),
             lens=shardlens.LensSpec(),
             steering=[[Steering(V, mode="clamp", scale=3.0, positions=rule)] for rule in rules],
         )
-        assert isinstance(results, list)
+        results = shardlens.LanguageModel(model).generate(requests)
         return [result.trace for result in results]
 
     labels, bare = traces(["label"] * 3), traces([[100]] * 3)

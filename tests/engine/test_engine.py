@@ -5,25 +5,25 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles import ExactLens, exact_lens, hf_model, save
-from steered import load
+from steered import edit_table, load
 from tolerances import EFFECT, PASSES
 from torch import Tensor
 
 import shardlens
-from shardlens.engine import generation as generation_module
+from shardlens.engine import loop as loop_module
 from shardlens.engine import step as step_module
-from shardlens.engine.edit_table import EditTable, TableShape
-from shardlens.engine.engine import Engine
+from shardlens.engine.edit_table import TableShape
+from shardlens.engine.engine import Engine, StepCache
+from shardlens.engine.lens_plan import LensPlan
 from shardlens.engine.sampling import Sampling
 from shardlens.engine.steering import Steering
-from shardlens.engine.step import DecodeStep, Reader, StepShape
+from shardlens.engine.step import DecodeStep, StepShape
 from shardlens.kernels.dispatch import implementation
 from shardlens.kernels.gumbel import gumbel_reference
 from shardlens.kernels.launch import Chip, pretending
@@ -113,10 +113,7 @@ def plain_loop(model: Transformer, request: Request, stop_ids: Sequence[int] = (
         capture = RowTaps(taps, torch.arange(len(ids)), model.config.d, dtype=model.dtype)
         edits = None
         if request.steering:
-            lengths, size = [len(request.prompt)], len(ids)
-            edits = EditTable.of(
-                [request.steering], lengths, size, model.config, model.dtype, model.device
-            )
+            edits = edit_table([(request.steering, len(request.prompt))], len(ids), model).at
         hidden = model(torch.tensor([ids]), sink=capture, edits=edits)
         if step == NEW_TOKENS or ids[len(request.prompt) :][-1:] in [[stop] for stop in stop_ids]:
             break
@@ -133,16 +130,17 @@ def plain(checkpoint: Path) -> list[Plain]:
 
 
 def run(model: Transformer, requests: Sequence[Request], **options: Any) -> list[shardlens.Result]:
-    results = shardlens.generate(
-        model,
-        [list(request.prompt) for request in requests],
-        sampling=[request.sampling for request in requests],
-        steering=[list(request.steering) for request in requests],
-        max_new_tokens=NEW_TOKENS,
-        **{"stop_ids": (), **options},
+    """stop_ids and lens are those of every request; other options go to `generate`."""
+    asked = {"stop_ids": options.pop("stop_ids", ()), "lens": options.pop("lens", None)}
+    return shardlens.LanguageModel(model).generate(
+        [
+            shardlens.Request(
+                list(request.prompt), NEW_TOKENS, request.sampling, request.steering, **asked
+            )
+            for request in requests
+        ],
+        **options,
     )
-    assert isinstance(results, list)
-    return results
 
 
 def assert_equal(result: shardlens.Result, request: Request, plain: Plain, n_taps: int = 4) -> None:
@@ -223,32 +221,25 @@ def test_requests_stop_at_different_steps(
 ) -> None:
     """Also where the host looks at records a step late, and at rings of 4 steps."""
     monkeypatch.setattr(step_module, "RING_TOKENS", 4)
-    monkeypatch.setattr(generation_module, "RING_TOKENS", 4)
+    monkeypatch.setattr(loop_module, "RING_TOKENS", 4)
     requests = [request for request in REQUESTS if request.sampling.top_p == 1]
     model = load(checkpoint, TensorParallel.single())
     free = [plain_loop(model, request) for request in requests]
     stops = [free[0].token_ids[2], free[1].token_ids[5], free[3].token_ids[0]]
-    original = generation_module._Run._settle
+    init = loop_module.Loop.__init__
 
-    def late(self: Any, left: int) -> None:
-        original(self, behind if left == self.steps_behind else left)
+    def late(self: Any, *args: Any) -> None:
+        init(self, *args)
+        self.steps_behind = behind
 
-    monkeypatch.setattr(generation_module._Run, "_settle", late)
-    if behind:
-        init = generation_module._Run.__init__
-
-        def one_behind(self: Any, *args: Any) -> None:
-            init(self, *args)
-            self.steps_behind = 1
-
-        monkeypatch.setattr(generation_module._Run, "__init__", one_behind)
+    monkeypatch.setattr(loop_module.Loop, "__init__", late)
     spec = dataclasses.replace(SPEC, mode=mode, targets=targets)
     results = run(model, requests, lens=spec, stop_ids=stops)
     lengths = []
     for result, request in zip(results, requests, strict=True):
         expected = plain_loop(model, request, stops)
         assert result.token_ids == expected.token_ids
-        assert result.stopped == (expected.token_ids[-1] in stops)
+        assert result.finish_reason == ("stop" if expected.token_ids[-1] in stops else "length")
         assert_equal(result, request, expected)
         lengths.append(len(result.token_ids))
     assert len(set(lengths)) > 1 and min(lengths) == 1
@@ -343,7 +334,7 @@ def test_a_step_never_waits_for_the_host(
         return head_stats(x, *rest, **options)
 
     monkeypatch.setattr(winners_module, "head_stats", counted)
-    reader = None if lens is None else Reader((Tap(0, "mlp_out"), Tap(2, "resid_post")), 4, *lens)
+    reader = None if lens is None else LensPlan((Tap(0, "mlp_out"), Tap(2, "resid_post")), 4, *lens)
     edits = [[Steering(direction(seed), positions=3) for seed in range(n_edits)], []]
     launched = launched_by_a_step(checkpoint, reader, [sampling] * 2, edits, dtype)
     assert len(readings) == 1, "the head's weight is read once"
@@ -354,7 +345,7 @@ def test_a_step_never_waits_for_the_host(
 
 def launched_by_a_step(
     checkpoint: Path,
-    reader: Reader | None,
+    reader: LensPlan | None,
     samplings: list[Sampling],
     steerings: list[list[Steering]],
     dtype: torch.dtype = torch.bfloat16,
@@ -370,7 +361,7 @@ def launched_by_a_step(
         torch.inference_mode(),
     ):
         model = Transformer(read_config(checkpoint), device="meta", dtype=dtype)
-        edits = TableShape.of(steerings, [5] * len(steerings), 64, model.config)
+        edits = TableShape.of([(own, 5) for own in steerings], 64, model.config)
         shape = StepShape.of(reader, samplings, edits, 1, V)
         step = DecodeStep(model, model.new_cache(len(samplings), 64), shape)
         before = {name: id(value) for name, value in vars(step).items()}
@@ -394,7 +385,7 @@ def test_edits_that_meet_take_passes_of_their_own(
     checkpoint: Path, point: str, passes: tuple[int, int]
 ) -> None:
     """One a layer and level beyond the one that is fused; a lone edit costs what it did."""
-    reader = Reader((Tap(0, point), Tap(2, "resid_post")), TOP_K, "next")
+    reader = LensPlan((Tap(0, point), Tap(2, "resid_post")), TOP_K, "next")
 
     def n_norms(n_edits: int) -> int:
         own = [Steering(direction(seed), point=point, positions=3) for seed in range(n_edits)]
@@ -410,8 +401,8 @@ def test_shapes_that_capture_anew(checkpoint: Path) -> None:
     config = read_config(checkpoint)
 
     def shape(steering: Steering | None, sampling: Sampling, stops: int = 1) -> StepShape:
-        reader = Reader((Tap(0, "resid_post"),), TOP_K, "fixed")
-        edits = TableShape.of([[steering] if steering else []], [4], 32, config)
+        reader = LensPlan((Tap(0, "resid_post"),), TOP_K, "fixed")
+        edits = TableShape.of([([steering] if steering else [], 4)], 32, config)
         return StepShape.of(reader, [sampling], edits, stops, V)
 
     base = shape(Steering(direction(1)), Sampling(0.7, seed=1))
@@ -425,12 +416,12 @@ def test_shapes_that_capture_anew(checkpoint: Path) -> None:
 
 def test_edits_turned_off_run_in_the_step_that_has_them(checkpoint: Path) -> None:
     """As do fewer points; more points, or another lens, take a step of their own."""
-    engine = Engine(load(checkpoint, TensorParallel.single()), 1, 32, capture=True)
+    engine = StepCache(load(checkpoint, TensorParallel.single()), 1, 32, capture=True)
 
     def step(*points: str, top_k: int = TOP_K) -> Any:
         own = [Steering(direction(1), point=point) for point in points]
-        edits = TableShape.of([own], [4], engine.cache.capacity, engine.model.config)
-        reader = Reader((Tap(2, "resid_post"),), top_k, "next")
+        edits = TableShape.of([(own, 4)], engine.cache.capacity, engine.model.config)
+        reader = LensPlan((Tap(2, "resid_post"),), top_k, "next")
         return engine.step(StepShape.of(reader, [Sampling()], edits, 0, V))
 
     plain = step()
@@ -443,24 +434,15 @@ def test_edits_turned_off_run_in_the_step_that_has_them(checkpoint: Path) -> Non
     assert len(engine.steps) == 5 and meeting is step("mlp_norm", "mlp_norm")
 
 
-def test_refilled_buffers_forget_what_was(checkpoint: Path, plain: list[Plain]) -> None:
+def test_refilled_buffers_forget_what_was(
+    checkpoint: Path, plain: list[Plain], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One engine for many batches, as on CUDA: stale keys, edits and rings do not show."""
     model = load(checkpoint, TensorParallel.single())
-    original = generation_module.Engine.of.__func__  # type: ignore[attr-defined]
-    engines: list[Any] = []
-
-    def kept(cls: Any, model: Transformer, n_requests: int, *rest: Any) -> Any:
-        if not engines:
-            engines.append(original(cls, model, len(REQUESTS), 64, True))
-        return engines[0]
-
-    patch = partial(setattr, generation_module.Engine, "of")
-    try:
-        patch(classmethod(kept))
-        for chosen in ((1, 3), (3, 1), (0, 2), (1,), (4, 0, 1, 3)):
-            results = run(model, [REQUESTS[at] for at in chosen], lens=SPEC)
-            for at, result in zip(chosen, results, strict=True):
-                assert_equal(result, REQUESTS[at], plain[at])
-    finally:
-        patch(classmethod(original))
-    assert len(engines[0].steps) < 5
+    kept = StepCache(model, 4, 64, capture=True)
+    monkeypatch.setattr(Engine, "_steps", lambda *rest: kept)
+    for chosen in ((1, 3), (3, 1), (0, 2), (1,), (4, 0, 1, 3)):
+        results = run(model, [REQUESTS[at] for at in chosen], lens=SPEC)
+        for at, result in zip(chosen, results, strict=True):
+            assert_equal(result, REQUESTS[at], plain[at])
+    assert len(kept.steps) < 5

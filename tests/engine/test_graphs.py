@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from running import requests_of
 from tolerances import PASSES
 
 import shardlens
-from shardlens.engine.engine import Engine, EngineStep
+from shardlens.engine.engine import Engine
 from shardlens.engine.memory import CUBLAS_WORKSPACE_BYTES
+from shardlens.engine.runner import StepRunner
 from shardlens.engine.sampling import Sampling
 from shardlens.engine.steering import Steering
 from shardlens.engine.step import DecodeStep
@@ -55,10 +57,15 @@ def model() -> Transformer:
 
 
 def run(model: Transformer, **options: Any) -> list[shardlens.Result]:
-    options = {"max_new_tokens": 12, "sampling": SAMPLED, "stop_ids": (), **options}
-    results = shardlens.generate(model, PROMPTS, **options)
-    assert isinstance(results, list)
-    return results
+    settings = {"max_new_tokens": 12, "sampling": SAMPLED, "stop_ids": (), **options}
+    call = {name: settings.pop(name) for name in ("capture", "on_lens") if name in settings}
+    return _language_model(model).generate(requests_of(PROMPTS, **settings), **call)
+
+
+@lru_cache
+def _language_model(model: Transformer) -> shardlens.LanguageModel:
+    """One per model, which keeps its graphs between runs."""
+    return shardlens.LanguageModel(model)
 
 
 def assert_same(ours: list[shardlens.Result], others: list[shardlens.Result]) -> None:
@@ -139,13 +146,13 @@ def test_changes_that_capture_nothing_anew(
     model: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captures = []
-    original = EngineStep._capture
+    original = StepRunner._capture
 
-    def counted(self: EngineStep) -> None:
+    def counted(self: StepRunner) -> None:
         captures.append(self.step.shape)
         original(self)
 
-    monkeypatch.setattr(EngineStep, "_capture", counted)
+    monkeypatch.setattr(StepRunner, "_capture", counted)
     model.engine = None
     spec = shardlens.LensSpec(targets=3)
     vector = torch.randn(D)

@@ -28,7 +28,7 @@ RUNS: dict[str, tuple[int, int, int, Any]] = {  # requests, prompt, new tokens, 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def model(request: pytest.FixtureRequest) -> Transformer:
-    return shardlens.load("demo", dtype=getattr(torch, request.param), device="cpu")[0]
+    return shardlens.load("demo", dtype=getattr(torch, request.param), device="cpu").model
 
 
 def planned(model: Transformer, batch: int, n_prompt: int, new: int, spec: Any) -> Plan:
@@ -53,7 +53,7 @@ def test_agrees_with_what_is_measured(model: Transformer, name: str) -> None:
 
     def run() -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False
-        shardlens.generate(model, prompts, max_new_tokens=new, lens=spec, stop_ids=())
+        shardlens.LanguageModel(model).generate(prompts, max_new_tokens=new, lens=spec, stop_ids=())
 
     measured = peak_tensor_bytes(run)
     foretold = planned(model, batch, n_prompt, new, spec)
@@ -70,7 +70,9 @@ def test_deferred_keeps_a_ring_and_live_does_not(model: Transformer) -> None:
     def run(mode: str) -> int:
         spec = SPEC(mode=mode, positions="generated", layers=[0, -1])
         return peak_tensor_bytes(
-            lambda: shardlens.generate(model, prompts, max_new_tokens=8, lens=spec, stop_ids=())
+            lambda: shardlens.LanguageModel(model).generate(
+                prompts, max_new_tokens=8, lens=spec, stop_ids=()
+            )
         )
 
     by_plan = [

@@ -13,13 +13,16 @@ from tolerances import P_VALUE
 from torch import Tensor
 
 from shardlens.engine import sampling as sampling_module
-from shardlens.engine.sampling import Sampling, SamplingTable, draw, draw_wide, winners_needed
-from shardlens.kernels.gumbel import gumbel_reference, philox_reference
-from shardlens.kernels.head_stats_reference import Noise
-from shardlens.parallel.group import TensorParallel
-from shardlens.parallel.head_reduce import reduce_head
+from shardlens.engine.sampling import (
+    Sampling,
+    SamplingTable,
+    candidates_needed,
+    draw,
+    draw_wide,
+)
+from shardlens.kernels import Noise, gumbel_reference, philox_reference
+from shardlens.parallel import TensorParallel, VocabHead, reduce_head
 from shardlens.parallel.spans import split_vocab
-from shardlens.parallel.vocab import VocabHead
 
 DRAWS = 20_000
 D = 16
@@ -44,11 +47,14 @@ def next_tokens(
     x: Tensor, head: VocabHead, samplings: Sequence[Sampling], steps: Sequence[int]
 ) -> list[int]:
     """One token per normed row of x [B, d], as a decode step and its host choose it."""
-    table = SamplingTable.of(samplings, head.vocab.full, x.device)
+    table = SamplingTable(len(samplings), head.vocab.full, x.device)
+    for slot, sampling in enumerate(samplings):
+        table.put(slot, sampling)
     step = torch.tensor(list(steps))
-    k = winners_needed(samplings, head.vocab.full)
-    winners = reduce_head(x, head, k=k, scale=table.scale, noise=Noise(table.seed, step))
-    tokens, is_unknown = draw(winners, table, step)
+    k = candidates_needed(samplings, head.vocab.full)
+    chosen = reduce_head(x, head, k=k, scale=table.scale, noise=Noise(table.seed, step))
+    assert chosen.samples is not None
+    tokens, is_unknown = draw(chosen, chosen.samples, table, step)
     rows = is_unknown.nonzero()[:, 0]
     if rows.numel():
         tokens[rows] = draw_wide(x[rows], head, table, step[rows], rows)
@@ -74,7 +80,7 @@ CASES = {
     "top-k": (Sampling(1.0, top_k=12), 97, 1.5),
     "top-p": (Sampling(1.0, top_p=0.8), 97, 2.0),
     "top-k and top-p": (Sampling(1.3, top_k=20, top_p=0.7), 97, 1.5),
-    # 509 nearly equal ids: the nucleus is far wider than the winners that are exchanged
+    # 509 nearly equal ids: the nucleus is far wider than the candidates that are exchanged
     "wide top-p": (Sampling(1.0, top_p=0.6), 509, 0.3),
 }
 
@@ -138,6 +144,27 @@ def test_every_row_has_its_own_sampling() -> None:
     assert together[0] == int((row @ weight.T).argmax())
 
 
+def test_a_slot_that_nothing_was_put_into_is_greedy() -> None:
+    """And putting changes one slot alone."""
+    weight, row = weight_and_row(97, 0.3)
+    head = head_of(weight, TensorParallel.single())
+    table = SamplingTable(3, 97, row.device)
+    before = {name: getattr(table, name).clone() for name in ("scale", "seed", "limit", "top_p")}
+    table.put(1, Sampling(0.5, top_k=7, top_p=0.9, seed=2**40))
+    assert table.scale.tolist() == [1, 2, 1] and table.seed.tolist() == [0, 2**40, 0]
+    assert table.limit.tolist() == [1, 7, 1] and table.top_p.tolist() == [1, 0.9, 1]
+    table.put(1, Sampling())
+    assert all(torch.equal(getattr(table, name), value) for name, value in before.items())
+    step = torch.arange(3)
+    table.put(2, Sampling(2.0))
+    noise = Noise(table.seed, step)
+    chosen = reduce_head(row.expand(3, D), head, k=5, scale=table.scale, noise=noise)
+    assert chosen.samples is not None
+    tokens, _ = draw(chosen, chosen.samples, table, step)
+    best = int((row @ weight.T).argmax())
+    assert tokens[:2].tolist() == [best, best] and tokens[2] != best
+
+
 def test_seed_and_step_key_the_draw() -> None:
     weight, row = weight_and_row(97, 1.0)
     draw = partial(next_tokens, row.expand(30, D), head_of(weight, TensorParallel.single()))
@@ -149,7 +176,7 @@ def test_seed_and_step_key_the_draw() -> None:
 
 
 def test_wide_nucleus_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The case above really goes beyond the winners, and meets ids that lie outside the nucleus."""
+    """The case above goes beyond the candidates, and meets ids that lie outside the nucleus."""
     widths = []
     original = sampling_module.mass_above
 

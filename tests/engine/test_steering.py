@@ -12,19 +12,18 @@ from steered import (
     IDS,
     POSITIONS,
     SCALE,
-    PlaceVectors,
-    by_place,
     direction,
     forced,
     load,
     miss,
     oracle,
+    vectors_at,
 )
 from tolerances import EFFECT, PASSES
 
 import shardlens
-from shardlens.engine.steering import Steering
-from shardlens.kernels.edits import MODES
+from shardlens.engine import Steering, SteeringVectors
+from shardlens.kernels import MODES
 from shardlens.model.points import POINTS, Tap
 from shardlens.parallel.group import TensorParallel
 
@@ -66,22 +65,21 @@ def test_on_ranks(case: tuple[Any, Path], point: str, ranks: int, run_ranks: Any
     expected = oracle(hf, [steering])
 
     def body(parallel: TensorParallel) -> None:
-        results = shardlens.generate(
-            load(directory, parallel),
-            [IDS[:7], IDS],
-            max_new_tokens=0,
-            lens=shardlens.LensSpec(layers=[-1], top_k=5),
-            steering=[[], [steering]],
+        lm = shardlens.LanguageModel(load(directory, parallel))
+        lens = shardlens.LensSpec(layers=[-1], top_k=5)
+        unmoved, moved = lm.generate(
+            [
+                shardlens.Request(IDS[:7], max_new_tokens=0, lens=lens),
+                shardlens.Request(IDS, max_new_tokens=0, lens=lens, steering=[steering]),
+            ]
         )
-        trace = results[1].trace  # type: ignore[index]
-        assert trace is not None
-        told = expected.gather(-1, trace.token_ids[:, 0])
-        assert (trace.logprobs[:, 0] - told).abs().max() <= PASSES
-        unmoved = results[0].trace  # type: ignore[index]
+        assert moved.trace is not None and unmoved.trace is not None
+        logprobs = expected.gather(-1, moved.trace.token_ids[:, 0])
+        assert (moved.trace.logprobs[:, 0] - logprobs).abs().max() <= PASSES
         bare = oracle(hf, []) if parallel.rank == 0 else None
         if bare is not None:
-            told = bare[:7].gather(-1, unmoved.token_ids[:, 0])
-            assert (unmoved.logprobs[:, 0] - told).abs().max() <= PASSES
+            logprobs = bare[:7].gather(-1, unmoved.trace.token_ids[:, 0])
+            assert (unmoved.trace.logprobs[:, 0] - logprobs).abs().max() <= PASSES
 
     run_ranks(ranks, body)
 
@@ -150,7 +148,7 @@ def test_pairs_at_all_points_at_once(case: tuple[Any, Path]) -> None:
     assert miss(oracle(hf, []), expected) > EFFECT * PASSES
 
 
-def test_one_place_has_two_names(case: tuple[Any, Path]) -> None:
+def test_one_tap_has_two_names(case: tuple[Any, Path]) -> None:
     model = load(case[1], TensorParallel.single())
     v = direction(1)
     post, pre = Steering(v, [0], "resid_post"), Steering(v, [1], "resid_pre")
@@ -175,7 +173,7 @@ def test_edits_of_one_request_apart(case: tuple[Any, Path]) -> None:
 
 def test_points_of_vectors() -> None:
     """The only one that they have; of a lone tensor, resid_post."""
-    assert Steering(by_place((1, "mlp_norm"), (0, "mlp_norm"))).taps(3) == [
+    assert Steering(vectors_at((1, "mlp_norm"), (0, "mlp_norm"))).taps(3) == [
         Tap(0, "mlp_norm"), Tap(1, "mlp_norm")
     ]  # fmt: skip
     assert Steering(direction(1), [1]).taps(3) == [Tap(1, "resid_post")]
@@ -184,16 +182,16 @@ def test_points_of_vectors() -> None:
 
 HOLEY = torch.full((48,), float("nan"))
 RULES = "all, prompt, generated, last_prompt, label, a first position, or a list of positions"
-TWO = by_place((0, "mlp_out"), (2, "mlp_out"))
+TWO = vectors_at((0, "mlp_out"), (2, "mlp_out"))
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (dict(vector=[1.0]), "a steering vector is a tensor, not a list"),
-        (dict(vector=torch.ones(2, 48)), "a steering vector has one dim, not [2, 48]"),
+        (dict(vector=torch.ones(2, 48)), "the steering vector has shape [2, 48]: it needs one dim"),
         (dict(vector=HOLEY), "the steering vector is not finite"),
-        (dict(vector=torch.zeros(48)), "the steering vector is all zeros"),
+        (dict(vector=torch.zeros(48)), "the steering vector is all zeros: it has no direction"),
         (dict(scale=float("inf")), "the steering scale is not finite"),
         (dict(scale=float("nan")), "the steering scale is not a number"),
         (dict(point="resid"), f"point resid does not exist: there are {', '.join(POINTS)}"),
@@ -217,21 +215,20 @@ TWO = by_place((0, "mlp_out"), (2, "mlp_out"))
         (dict(unit="norm"), "steering unit norm: there are vector, resid_norm"),
         (
             dict(unit="resid_norm"),
-            "unit resid_norm needs vectors that know how long the states at their place are: "
+            "unit resid_norm needs SteeringVectors, which know the norm of the states: "
             "a plain tensor does not",
         ),
         (
             dict(vector=TWO, unit="resid_norm", mode="ablate"),
-            "unit resid_norm means nothing to mode ablate, whose scale is the share that goes",
+            "unit resid_norm does not apply to mode ablate, whose scale is the fraction removed",
         ),
         (
-            dict(vector=by_place((1, "mlp_out"), norm=None), unit="resid_norm"),
-            "no norm is known of layer 1, mlp_out",
+            dict(vector=vectors_at((1, "mlp_out"), norm=None), unit="resid_norm"),
+            "the vectors come without the norm of the states at mlp_out of layer 1: "
+            "give scales in units of the vector",
         ),
-        (dict(vector=by_place()), "the steering vectors hold no vector"),
-        (dict(vector=by_place(), point="mlp_out"), "the steering vectors hold no vector"),
         (
-            dict(vector=by_place((0, "mlp_out"), (1, "attn_out"))),
+            dict(vector=vectors_at((0, "mlp_out"), (1, "attn_out"))),
             "the steering vectors have points attn_out, mlp_out: name one of them",
         ),
         (
@@ -247,26 +244,17 @@ TWO = by_place((0, "mlp_out"), (2, "mlp_out"))
             "layer 3 does not exist: the model has layers 0 to 2",
         ),
         (
-            dict(vector=PlaceVectors({Tap(1, "mlp_out"): (torch.ones(47), 1.0)})),
-            "the steering vector of layer 1, mlp_out is [47], not [48]",
+            dict(vector=SteeringVectors({Tap(1, "mlp_out"): torch.ones(47)}, {}, 3)),
+            "the steering vectors have 47 numbers, the states of this model 48",
         ),
         (
-            dict(vector=PlaceVectors({Tap(1, "mlp_out"): (torch.zeros(48), 1.0)})),
-            "the steering vector of layer 1, mlp_out is all zeros",
-        ),
-        (
-            dict(vector=PlaceVectors({Tap(1, "mlp_out"): (HOLEY, 1.0)})),
-            "the steering vector of layer 1, mlp_out is not finite",
-        ),
-        (
-            dict(vector=PlaceVectors({Tap(1, "mlp_out"): (torch.ones(47), 1.0)}, d=47)),
-            "the steering vectors have 47 numbers, the model 48",
-        ),
-        (
-            dict(vector=PlaceVectors({Tap(1, "mlp_out"): (torch.ones(48), 1.0)}, n_layers=4)),
+            dict(vector=SteeringVectors({Tap(1, "mlp_out"): torch.ones(48)}, {}, 4)),
             "the steering vectors are for a model of 4 layers, this one has 3",
         ),
-        (dict(vector=torch.ones(47)), "the steering vector has 47 numbers, the model 48"),
+        (
+            dict(vector=torch.ones(47)),
+            "the steering vector has 47 numbers, the states of this model 48",
+        ),
         (dict(layers=[3]), "layer 3 does not exist: the model has layers 0 to 2"),
     ],
 )
@@ -274,5 +262,5 @@ def test_refused(case: tuple[Any, Path], options: dict[str, Any], message: str) 
     model = load(case[1], TensorParallel.single())
     with pytest.raises(ValueError) as raised:
         steering = Steering(**{"vector": torch.ones(48), **options})
-        shardlens.generate(model, IDS, steering=[steering])
+        shardlens.LanguageModel(model).generate(IDS, steering=[steering])
     assert str(raised.value) == message

@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from shardlens.engine import vector_files
-from shardlens.engine.vectors import Origin, SteeringVectors
+from shardlens.engine import SteeringVectors, vector_files
+from shardlens.engine.vector_fields import Origin
 from shardlens.model.config import ModelConfig
 from shardlens.model.points import POINTS, Tap
 from shardlens.model.source import DEMO
@@ -87,7 +87,7 @@ def test_a_round_trip_changes_nothing(
         SteeringVectors.load(tmp_path / name, dataclasses.replace(CONFIG, n_layers=7))
 
 
-def test_gguf_names_a_place_by_the_block_before_it(tmp_path: Path) -> None:
+def test_gguf_names_a_tap_by_the_block_before_it(tmp_path: Path) -> None:
     vectors = made([Tap(2, "resid_pre"), Tap(4, "resid_pre")])
     vectors.save(tmp_path / "v.gguf")
     loaded = SteeringVectors.load(tmp_path / "v.gguf")
@@ -199,7 +199,7 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path: Path, tap: Tap, message: str
     with pytest.raises(ValueError, match=message):
         vector_files.check_format(tmp_path / "v.gguf", vectors.taps)
     assert not list(tmp_path.iterdir())
-    vectors.of_layers("3").save(tmp_path / "v.gguf")
+    vectors.restricted([Tap(3, "resid_post")]).save(tmp_path / "v.gguf")
 
 
 def test_another_ending_and_a_missing_package_are_refused(

@@ -1,4 +1,4 @@
-"""Steering vectors: what is refused, look-ups by place, and the algebra against numpy."""
+"""Steering vectors: what is refused, look-ups by tap, and the algebra against numpy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from numpy.testing import assert_array_almost_equal_nulp
 from torch import Tensor
 
-from shardlens.engine.vectors import Origin, SteeringVectors, fingerprint, listed
+from shardlens.engine import SteeringVectors
+from shardlens.engine.fingerprint import fingerprint
+from shardlens.engine.tap_names import listed
+from shardlens.engine.vector_fields import Origin
 from shardlens.model.config import ModelConfig
 from shardlens.model.points import Tap
 from shardlens.model.source import DEMO
@@ -45,12 +48,12 @@ def test_taps_are_ordered_by_layer_and_by_the_way_through_a_block() -> None:
     assert (made().d, made().n_layers) == (D, N_LAYERS)
 
 
-def test_one_place_has_two_names() -> None:
+def test_one_tap_has_two_names() -> None:
     vectors = made()
     assert vectors.at(Tap(3, "resid_pre")) is vectors.at(Tap(2, "resid_post"))
     assert vectors.resid_norm(Tap(3, "resid_pre")) == 12.5
     assert vectors.norm(Tap(3, "resid_pre")) == np.linalg.norm(exact(vectors, Tap(2, "resid_post")))
-    with pytest.raises(ValueError, match="two vectors stand at one place, resid_post of layer 2"):
+    with pytest.raises(ValueError, match="two vectors for one tap, resid_post of layer 2"):
         made(taps=(Tap(2, "resid_post"), Tap(3, "resid_pre")))
 
 
@@ -144,8 +147,6 @@ def test_algebra_is_that_of_numpy(tap: Tap) -> None:
     assert_rounded_once((-a).at(tap), -x)
     assert_rounded_once((1.7 * a).at(tap), 1.7 * x)
     assert_rounded_once((a * np.float32(0.25)).at(tap), 0.25 * x)
-    assert_rounded_once(a.normalized().at(tap), x / np.linalg.norm(x))
-    assert_rounded_once(a.orthogonalized(b).at(tap), x - y * (x @ y) / (y @ y))
 
 
 def test_what_is_made_keeps_its_history() -> None:
@@ -159,10 +160,9 @@ def test_what_is_made_keeps_its_history() -> None:
         )
         assert both.warning(ORIGIN.model) is not None
     assert (2 * a).origin == dataclasses.replace(ORIGIN, method="scaled")
-    assert a.orthogonalized(made(1)).origin == dataclasses.replace(ORIGIN, method="orthogonalized")
 
 
-def test_places_not_names_must_agree() -> None:
+def test_taps_not_names_must_agree() -> None:
     before = made(taps=[Tap(3, "resid_pre"), Tap(1, "mlp_out")])
     after = made(1, taps=[Tap(2, "resid_post"), Tap(1, "mlp_out")])
     both = before + after
@@ -194,25 +194,33 @@ def test_what_does_not_go_together_is_refused() -> None:
         made() * "2"  # type: ignore[operator]
 
 
-def test_nothing_is_left_of_a_vector_along_the_same_line() -> None:
-    # a third is not exact in float32: what is left is rounding, not zero
-    with pytest.raises(ValueError, match="nothing is left of the vector at attn_out of layer 2"):
-        made().orthogonalized(made().scaled(1 / 3))
-    with pytest.raises(ValueError, match="no vector at attn_out of layer 2"):
-        made().orthogonalized(made(1, taps=[Tap(2, "resid_post")]))
-
-
 def test_layers_and_taps_can_be_chosen() -> None:
     vectors = made()
-    assert vectors.of_layers("all").taps == IN_ORDER
-    assert vectors.of_layers("2").taps == IN_ORDER[:2]
-    assert vectors.of_layers([-2]).taps == IN_ORDER[2:]
-    assert vectors.of_layers("2").resid_norms == {tap: 12.5 for tap in IN_ORDER[:2]}
+    assert vectors.points == ["attn_out", "mlp_norm", "resid_post"]
     assert vectors.restricted([Tap(3, "resid_pre")]).taps == (Tap(2, "resid_post"),)
-    with pytest.raises(ValueError, match="no vector at layer 3: there are attn_out of layers 2"):
-        vectors.of_layers("2-4")
-    with pytest.raises(ValueError, match="layer 6 does not exist"):
-        vectors.of_layers("6")
+    assert vectors.restricted(IN_ORDER[:2]).resid_norms == {tap: 12.5 for tap in IN_ORDER[:2]}
+    assert vectors.taps_at("mlp_norm") == [Tap(4, "mlp_norm")]
+    three = made(taps=[Tap(layer, "mlp_out") for layer in (0, 1, 4)])
+    assert three.taps_at("mlp_out", [-2, 0]) == [Tap(0, "mlp_out"), Tap(4, "mlp_out")]
+    assert three.select().taps == three.select("mlp_out").taps == three.taps
+    assert three.select("mlp_out", "0-1").taps == three.taps[:2]
+    assert vectors.select().taps == IN_ORDER
+    for layers, message in (
+        ("1-2", "have none at layer 2, mlp_out: they have layers 0, 1, 4"),
+        ("6", "layer 6 does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            three.select(layers=layers)
+    with pytest.raises(ValueError, match="have none at resid_mid: they have mlp_out"):
+        three.select("resid_mid")
+
+
+def test_a_unit_is_the_vector_or_the_norm_of_the_states() -> None:
+    vectors, tap = made(), Tap(2, "attn_out")
+    assert vectors.unit_scale(tap, "vector") == 1
+    assert vectors.unit_scale(tap, "resid_norm") == 12.5 / vectors.norm(tap)
+    with pytest.raises(ValueError, match="steering unit metre: there are vector, resid_norm"):
+        vectors.unit_scale(tap, "metre")
 
 
 def test_cosines() -> None:

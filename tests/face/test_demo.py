@@ -30,7 +30,8 @@ QUESTIONS = sorted(DEMO.glob("dispositions-*.jsonl"))
 
 @pytest.fixture(scope="module")
 def demo() -> tuple[shardlens.Transformer, shardlens.Tokenizer]:
-    return shardlens.load("demo", dtype=torch.float32)
+    lm = shardlens.load("demo", dtype=torch.float32)
+    return lm.model, lm.tokenizer
 
 
 def test_it_is_small_and_deep_enough(demo: tuple[Any, Any]) -> None:
@@ -53,8 +54,7 @@ def test_transformers_agrees(demo: tuple[Any, Any]) -> None:
         theirs = hf(torch.tensor([ids])).logits
     assert (ours - theirs).abs().max() / theirs.abs().max() <= LOGITS_RELATIVE
     expected = hf.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0].tolist()
-    result = shardlens.generate(model, ids, max_new_tokens=40)
-    assert isinstance(result, shardlens.Result)
+    result = shardlens.LanguageModel(model).generate(ids, max_new_tokens=40)
     assert [*ids, *result.token_ids] == expected
     assert tokenizer.decode(expected) == hf_tokenizer.decode(expected, skip_special_tokens=True)
 
@@ -63,9 +63,9 @@ def test_a_prediction_forms_in_the_middle(demo: tuple[Any, Any], run_ranks: Any)
     """The right word is unlikely after the first block and likely at the end, on 1 and 2 ranks."""
 
     def body(parallel: TensorParallel) -> torch.Tensor:
-        model, tokenizer = shardlens.load("demo", parallel=parallel, dtype=torch.float32)
-        target = tokenizer.single_token(" Tesk")
-        return shardlens.lens(model, PROMPT, targets=target, positions="last").target_logprob[0]
+        lm = shardlens.load("demo", parallel=parallel, dtype=torch.float32)
+        target = lm.tokenizer.single_token(" Tesk")
+        return lm.lens(PROMPT, targets=target, positions="last").target_logprob[0]
 
     alone, *two = *run_ranks(1, body), *run_ranks(2, body)
     assert alone[0].exp() < 0.2 < 0.8 < alone[-1].exp()
@@ -224,9 +224,9 @@ def test_readme_says_how_far_rank_counts_differ() -> None:
 def test_readme_says_how_fast_generation_was() -> None:
     readme = (ROOT / "README.md").read_text()
     result = json.loads((ROOT / "bench/results/cpu.json").read_text())
-    assert len(result["arms"]) == 7 and result["shape"] == "cpu"
+    assert len(result["impls"]) == 7 and result["shape"] == "cpu"
     assert result["environment"]["threads"] == 2
-    for arm in result["arms"].values():
+    for arm in result["impls"].values():
         speed, first = f"{arm['tokens_per_s']:.3g}", f"{arm['first_token_ms']:,.0f}"
         assert f"| {speed} | {first} | {arm['peak_bytes'] / 2**20:,.1f} |" in readme
     claims = {claim["claim"]: claim["figure"] for claim in result["claims"]}

@@ -55,7 +55,8 @@ def test_extract_writes_what_the_library_makes(
     words = ["--pairs", str(few), "--layers", "2", "--at", "last", "--method", "pca"]
     assert main(["steer", "extract", "demo", *words, "--out", str(own), "--json", str(out)]) == 0
     assert f"30 pairs, pca: wrote {own}" in "".join(lines_of(capsys)).replace("\n", "")
-    model, tokenizer = shardlens.load("demo")
+    lm = shardlens.load("demo")
+    model, tokenizer = lm.model, lm.tokenizer
     made = shardlens.extract(
         model, tokenizer, shardlens.read_pairs(few), layers=[2], at="last", method="pca"
     )
@@ -76,8 +77,8 @@ def test_generate_shows_texts_side_by_side(
     assert all(name in printed for name in (PROMPT, "unsteered", "scale -1", "scale 1"))
     texts = {result["scale"]: result["text"] for result in json.loads(out.read_text())["results"]}
     assert "without fear" in texts[-1] and "test the ground" in texts[1]
-    model, _ = shardlens.load("demo")
-    plain = shardlens.generate(model, PROMPT, max_new_tokens=12)
+    lm = shardlens.load("demo")
+    plain = lm.generate(PROMPT, max_new_tokens=12)
     assert isinstance(plain, shardlens.Result) and texts[None] == plain.text
     more = ["--layers", "1", "--scale", "9", "--positions", "1000-", "--json", str(out)]
     assert main([*words, "--max-new-tokens", "12", *more]) == 0

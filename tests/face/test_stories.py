@@ -27,9 +27,8 @@ def test_greedy_continuation_and_last_layer(
     ranks: int, stories: Path, hf: Any, run_ranks: Any
 ) -> None:
     def body(parallel: TensorParallel) -> shardlens.Result:
-        model, _ = shardlens.load(stories, parallel=parallel)
-        result = shardlens.generate(model, PROMPT, max_new_tokens=120, lens=shardlens.LensSpec())
-        assert isinstance(result, shardlens.Result)
+        lm = shardlens.load(stories, parallel=parallel)
+        result = lm.generate(PROMPT, max_new_tokens=120, lens=shardlens.LensSpec())
         return result
 
     for result in run_ranks(ranks, body):
@@ -46,9 +45,9 @@ def test_greedy_continuation_and_last_layer(
 
 def test_a_prediction_forms(stories: Path) -> None:
     """At "…little girl named" the name Lily rises through the layers to 0.93 at the last."""
-    model, tokenizer = shardlens.load(stories)
-    lily = tokenizer.single_token("Lily")
-    trace = shardlens.lens(model, PROMPT, targets=lily)
+    lm = shardlens.load(stories)
+    lily = lm.tokenizer.single_token("Lily")
+    trace = lm.lens(PROMPT, targets=lily)
     probabilities = trace.target_logprob[-1].exp()
     assert trace.names[int(trace.token_ids[-1, -1, 0])].strip() == "Lily"
     assert abs(probabilities[-1] - 0.93) < 0.01
@@ -57,10 +56,10 @@ def test_a_prediction_forms(stories: Path) -> None:
 
 
 def test_results_of_a_batch_are_those_of_each_prompt(stories: Path) -> None:
-    model, _ = shardlens.load(stories)
+    lm = shardlens.load(stories)
     prompts = ["Once", PROMPT, "The big red dog"]
-    together = shardlens.generate(model, prompts, max_new_tokens=40)
-    alone = [shardlens.generate(model, prompt, max_new_tokens=40) for prompt in prompts]
+    together = lm.generate(prompts, max_new_tokens=40)
+    alone = [lm.generate(prompt, max_new_tokens=40) for prompt in prompts]
     assert together == alone
 
 
@@ -73,9 +72,8 @@ def test_sampled_text_does_not_depend_on_the_rank_count(
     sampling = shardlens.Sampling(temperature=1.1, seed=4, **options)
 
     def body(parallel: TensorParallel) -> str | None:
-        model, _ = shardlens.load(stories, parallel=parallel)
-        result = shardlens.generate(model, PROMPT, max_new_tokens=60, sampling=sampling)
-        assert isinstance(result, shardlens.Result)
+        lm = shardlens.load(stories, parallel=parallel)
+        result = lm.generate(PROMPT, max_new_tokens=60, sampling=sampling)
         return result.text
 
     texts = {text for ranks in (1, 2, 4) for text in run_ranks(ranks, body)}
@@ -83,17 +81,17 @@ def test_sampled_text_does_not_depend_on_the_rank_count(
 
 
 def test_streaming_and_stopping(stories: Path) -> None:
-    model, tokenizer = shardlens.load(stories)
+    lm = shardlens.load(stories)
+    model, tokenizer = lm.model, lm.tokenizer
     seen: list[tuple[int, int]] = []
     stop = tokenizer.encode(".", bos=False)[-1]
     result = shardlens.generate(
         model, PROMPT, max_new_tokens=50, stop_ids=[stop], on_token=lambda *new: seen.append(new)
     )
-    assert isinstance(result, shardlens.Result)
     assert [token for _, token in seen] == result.token_ids
     assert result.stopped and result.token_ids[-1] == stop and len(result.token_ids) < 50
     assert result.text is not None and result.text.endswith(".")
-    endless = shardlens.generate(model, PROMPT, max_new_tokens=5)
+    endless = lm.generate(PROMPT, max_new_tokens=5)
     assert isinstance(endless, shardlens.Result) and not endless.stopped
 
 
@@ -110,20 +108,20 @@ def test_streaming_and_stopping(stories: Path) -> None:
     ],
 )
 def test_bad_prompts(prompt: Any, new: int, names: str | None, stories: Path) -> None:
-    model, _ = shardlens.load(stories)
+    lm = shardlens.load(stories)
     if names is None:  # a tokenizer that adds BOS makes an empty text one token long
-        assert isinstance(shardlens.generate(model, prompt, max_new_tokens=new), shardlens.Result)
+        assert isinstance(lm.generate(prompt, max_new_tokens=new), shardlens.Result)
         return
     with pytest.raises(ValueError, match=names):
-        shardlens.generate(model, prompt, max_new_tokens=new)
+        lm.generate(prompt, max_new_tokens=new)
 
 
 def test_trace_files(stories: Path, tmp_path: Path) -> None:
     """Every format is written, whole, and JSON and Parquet hold the numbers."""
     from pyarrow import parquet
 
-    model, _ = shardlens.load(stories)
-    trace = shardlens.lens(model, PROMPT, points=("mlp_out", "resid_post"), top_k=3)
+    lm = shardlens.load(stories)
+    trace = lm.lens(PROMPT, points=("mlp_out", "resid_post"), top_k=3)
     for ending in ("json", "html", "png", "parquet"):
         trace.save(tmp_path / f"trace.{ending}")
     assert len(list(tmp_path.iterdir())) == 4, "nothing partial is left"
@@ -142,7 +140,7 @@ def test_trace_files(stories: Path, tmp_path: Path) -> None:
     )
     assert "·Lily" in (tmp_path / "trace.html").read_text()
     assert (tmp_path / "trace.png").read_bytes()[1:4] == b"PNG"
-    long = shardlens.lens(model, [1] + [5] * 400, layers="-1")
+    long = lm.lens([1] + [5] * 400, layers="-1")
     long.save(tmp_path / "long.png")  # more positions than a picture has room to name
     assert (tmp_path / "long.png").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"trace\.csv: a trace is written as \.json"):

@@ -18,10 +18,16 @@ from steered import load
 from tolerances import EFFECT, EXTRACTED, SAME_STATES
 from torch import Tensor
 
-from shardlens.engine.vectors import METHODS, SteeringVectors
-from shardlens.interp.extract import extract, pair_states
-from shardlens.interp.pairs import Pair
-from shardlens.interp.prompts import PromptForm, encode_contrast, encode_pairs
+from shardlens.engine import SteeringVectors
+from shardlens.interp import (
+    METHODS,
+    Pair,
+    PromptForm,
+    encode_contrast,
+    encode_pairs,
+    extract,
+    pair_states,
+)
 from shardlens.model import Transformer
 from shardlens.model.points import POINTS, Tap
 from shardlens.model.source import DEMO
@@ -29,7 +35,7 @@ from shardlens.parallel.group import TensorParallel
 from shardlens.tokenizer.tokenizer import Tokenizer
 
 FOUR_RANKS = dict(vocab_size=1280, num_key_value_heads=4)
-ALL_BUT_PRE, ALL_BUT_POST = POINTS[1:], POINTS[:-1]  # both would name most places twice
+ALL_BUT_PRE, ALL_BUT_POST = POINTS[1:], POINTS[:-1]  # both would name most states twice
 
 OPTIONS = "\n (A) She ran.\n (B) She sat."
 LETTERED = [
@@ -64,7 +70,7 @@ class Case:
         self._states: dict[tuple[int, ...], dict[Tap, Tensor]] = {}
 
     def states(self, ids: Sequence[int]) -> dict[Tap, Tensor]:
-        """[T, d] float64 at every place of a whole pass."""
+        """[T, d] float64 at every tap of a whole pass."""
         if tuple(ids) not in self._states:
             self._states[tuple(ids)] = hf_states(self.hf, ids)
         return self._states[tuple(ids)]
@@ -120,12 +126,12 @@ class Text:
     def rows(self, at: str, moved: int = 0) -> slice:
         if at == "mean":
             return slice(self.answer_at + moved, len(self.ids))
-        place = self.label_at if at == "label" else len(self.ids) - 1
-        return slice(place + moved, place + moved + 1)
+        position = self.label_at if at == "label" else len(self.ids) - 1
+        return slice(position + moved, position + moved + 1)
 
 
 def text_of(case: Case, question: str, answer: str) -> Text:
-    """Written out here again, its tokens and their places as `tokenizers` has them."""
+    """Written out here again, its tokens and their positions as `tokenizers` has them."""
     if not question:
         ids = case.other_tokenizer.encode(answer).ids
         n_begin = 0 if case.tokenizer.bos_id is None else 1
@@ -322,8 +328,8 @@ def test_methods(d: int, tmp_path: Path) -> None:
     found = {m: extract(model, tokenizer, TWELVE, method=m) for m in METHODS}
     taps = found["pca"].taps
     states = torch.stack([pair_states(model, pair, taps, "label") for pair in encoded], 1)
-    for place, tap in enumerate(taps):
-        sides = states[:, :, place].numpy()  # [2, 12, d]
+    for column, tap in enumerate(taps):
+        sides = states[:, :, column].numpy()  # [2, 12, d]
         gaps, mean = sides[0] - sides[1], (sides[0] - sides[1]).mean(0)
         directions = np.linalg.svd(gaps)[2]
         rows = sides.reshape(24, d) / np.linalg.norm(sides, axis=-1).mean()

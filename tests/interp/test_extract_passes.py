@@ -14,10 +14,9 @@ from steered import load
 from tolerances import EXTRACTED
 from torch import Tensor
 
-from shardlens.engine.vectors import METHODS, Origin
-from shardlens.interp.extract import extract, model_fingerprint
-from shardlens.interp.pairs import Pair
-from shardlens.interp.prompts import PromptForm, encode_pairs
+from shardlens.engine.fingerprint import model_fingerprint
+from shardlens.engine.vector_fields import Origin
+from shardlens.interp import METHODS, Pair, PromptForm, encode_pairs, extract
 from shardlens.model import Transformer
 from shardlens.model.points import POINTS, Tap
 from shardlens.model.source import DEMO
@@ -25,7 +24,7 @@ from shardlens.parallel.group import TensorParallel
 from shardlens.tokenizer.tokenizer import Tokenizer
 
 SINGLE = TensorParallel.single()
-ALL_BUT_PRE, ALL_BUT_POST = POINTS[1:], POINTS[:-1]  # both would name most places twice
+ALL_BUT_PRE, ALL_BUT_POST = POINTS[1:], POINTS[:-1]  # both would name most states twice
 
 SHORT = [Pair(f"{name} ran. (A) or (B)?", " (A)", " (B)") for name in ("Lily", "Tom", "Mom")]
 LONGER = Pair("Mom had a ball.", " (A) And", " (B) She sat down and was happy.")
@@ -152,7 +151,7 @@ WRONG: dict[str, tuple[list[Pair], dict[str, Any]]] = {
         SHORT,
         {"contrast": ("Run.", "Run.")},
     ),
-    "pair 2 has the same state on both sides: the last tokens are the same, and no place read "
+    "pair 2 has the same state on both sides: the last tokens are the same, and no tap read "
     "depends on those before them": (
         [PLAIN[0], LAST_ALIKE],
         {"point": "resid_pre", "layers": [0], "at": "last"},
@@ -187,7 +186,7 @@ def test_labels_that_the_model_cannot_tell_apart(
     set_labels(model, tokenizer, gap=0.0)
     why = {
         "label": "the model does not tell the two labels apart",
-        "last": "the last tokens are the same, and no place read depends on those before them",
+        "last": "the last tokens are the same, and no tap read depends on those before them",
         "mean": "the answers are the same for the model",
     }
     with pytest.raises(ValueError) as caught:
@@ -198,7 +197,7 @@ def test_labels_that_the_model_cannot_tell_apart(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_place_without_a_gap(method: str, model: Transformer, tokenizer: Tokenizer) -> None:
+def test_a_tap_without_a_gap(method: str, model: Transformer, tokenizer: Tokenizer) -> None:
     """Both texts of every pair end alike, which shows in the first layer's input alone."""
     options: dict[str, Any] = dict(at="last", method=method)
     with pytest.raises(ValueError) as caught:

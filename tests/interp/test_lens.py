@@ -67,7 +67,7 @@ def test_against_float64(checkpoint: Path, ranks: int, run_ranks: Any) -> None:
 
     def body(parallel: TensorParallel) -> None:
         model = load(checkpoint, parallel)
-        trace = shardlens.lens(model, TOKEN_IDS, points=POINTS, top_k=TOP_K)
+        trace = shardlens.LanguageModel(model).lens(TOKEN_IDS, points=POINTS, top_k=TOP_K)
         exact = oracle(model, checkpoint)
         assert torch.equal(trace.token_ids, exact.order[..., :TOP_K])
         at_winners = exact.logprobs.gather(-1, trace.token_ids)
@@ -148,9 +148,9 @@ def test_ties_go_to_the_lower_id(checkpoint: Path, run_ranks: Any) -> None:
 def test_subset_equals_whole(checkpoint: Path) -> None:
     """Fewer points and layers give the same numbers, though the final layer is not among them."""
     model = load(checkpoint, TensorParallel.single())
-    whole = shardlens.lens(model, TOKEN_IDS, points=POINTS, top_k=TOP_K)
-    part = shardlens.lens(
-        model, TOKEN_IDS, points=("mlp_out", "resid_pre"), layers="0,-2", top_k=TOP_K
+    whole = shardlens.LanguageModel(model).lens(TOKEN_IDS, points=POINTS, top_k=TOP_K)
+    part = shardlens.LanguageModel(model).lens(
+        TOKEN_IDS, points=("mlp_out", "resid_pre"), layers="0,-2", top_k=TOP_K
     )
     assert part.taps == (
         Tap(0, "resid_pre"),
@@ -170,8 +170,10 @@ def test_positions(checkpoint: Path) -> None:
 
     def positions_of(positions: str) -> list[int]:
         spec = shardlens.LensSpec(positions=positions)
-        result = shardlens.generate(model, prompt, max_new_tokens=new, lens=spec, stop_ids=())
-        assert isinstance(result, shardlens.Result) and result.trace is not None
+        result = shardlens.LanguageModel(model).generate(
+            prompt, max_new_tokens=new, lens=spec, stop_ids=()
+        )
+        assert result.trace is not None
         assert result.trace.input_ids == [*prompt, *result.token_ids]
         following = [result.trace.input_ids[at + 1] for at in result.trace.positions.tolist()]
         assert result.trace.targets.tolist() == following
@@ -193,11 +195,12 @@ def test_generation_lens_equals_lens_of_the_text(
     def body(parallel: TensorParallel) -> None:
         model = load(checkpoint, parallel)
         spec = shardlens.LensSpec(points=("attn_out", "resid_post"), top_k=TOP_K)
-        results = shardlens.generate(model, prompts, max_new_tokens=6, lens=spec, stop_ids=())
-        assert isinstance(results, list)
+        results = shardlens.LanguageModel(model).generate(
+            prompts, max_new_tokens=6, lens=spec, stop_ids=()
+        )
         for prompt, result in zip(prompts, results, strict=True):
-            alone = shardlens.lens(
-                model, [*prompt, *result.token_ids], points=spec.points, top_k=TOP_K
+            alone = shardlens.LanguageModel(model).lens(
+                [*prompt, *result.token_ids], points=spec.points, top_k=TOP_K
             )
             assert result.trace is not None
             n = len(result.trace.positions)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import shardlens
+import shardlens
 from shardlens.model import ModelConfig, Transformer, init_weights
 from shardlens.parallel.group import TensorParallel
 from shardlens.parallel.head_reduce import reduce_head
@@ -72,7 +73,7 @@ def test_a_whole_lens_sends_what_its_rows_need(run_ranks: Any) -> None:
             model(torch.tensor([ids]))
         forward = parallel.traffic.total_bytes
         parallel.traffic.reset()
-        shardlens.lens(model, ids, top_k=3)
+        shardlens.LanguageModel(model).lens(ids, top_k=3)
         return forward, parallel.traffic.total_bytes
 
     rows = len(ids) * config.n_layers

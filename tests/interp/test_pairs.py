@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from shardlens.interp.pairs import Pair, read_pairs
-from shardlens.interp.prompts import split_pairs
+from shardlens.interp import Pair, read_pairs, split_pairs
 from shardlens.model.source import DEMO
 
 EVALS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
@@ -169,7 +168,7 @@ BAD_RECORDS = {
 
 
 @pytest.mark.parametrize("case", BAD_RECORDS)
-def test_a_bad_record_is_refused_by_its_place(case: str, tmp_path: Path) -> None:
+def test_a_bad_record_is_refused_by_its_line(case: str, tmp_path: Path) -> None:
     record, reason = BAD_RECORDS[case]
     lines = write_lines(tmp_path / "bad.jsonl", GOOD, "", PLAIN, record, GOOD)
     assert refusal_of(lines) == f", line 4: {reason}"
@@ -186,16 +185,19 @@ def test_a_bad_record_is_refused_by_its_place(case: str, tmp_path: Path) -> None
             json.dumps(GOOD) + '\n{"question": ',
             ", line 2: broken JSON (Expecting value, column 14)",
         ),
-        (json.dumps(GOOD) + f"\n{DEEP}", ", line 2: broken JSON (a number or nesting without end)"),
+        (
+            json.dumps(GOOD) + f"\n{DEEP}",
+            ", line 2: broken JSON (number too large or nesting too deep)",
+        ),
         (
             json.dumps(GOOD) * 2,
             f", line 1: broken JSON (Extra data, column {len(json.dumps(GOOD)) + 1})",
         ),
         ('[\n{"question": "Q?"\n}', ", line 3: broken JSON (Expecting ',' delimiter, column 2)"),
-        (DEEP, ": broken JSON (a number or nesting without end)"),
-        ("", ": holds no pair; write one JSON object a line"),
-        ("\n \n", ": holds no pair; write one JSON object a line"),
-        (" []\n", ": holds no pair; write one JSON object a line"),
+        (DEEP, ": broken JSON (number too large or nesting too deep)"),
+        ("", ": holds no pair; write one JSON object per line"),
+        ("\n \n", ": holds no pair; write one JSON object per line"),
+        (" []\n", ": holds no pair; write one JSON object per line"),
     ],
 )
 def test_a_broken_file_is_refused(content: str, reason: str, tmp_path: Path) -> None:

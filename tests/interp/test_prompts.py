@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import tokenizers
 
-from shardlens.interp.pairs import Pair, read_pairs
-from shardlens.interp.prompts import (
+from shardlens.interp import (
+    Pair,
     PairIds,
     PromptForm,
     balance,
     encode_pair,
     encode_pairs,
     label_of,
+    read_pairs,
 )
 from shardlens.model.source import DEMO
 from shardlens.tokenizer.spans import token_spans
@@ -51,7 +52,7 @@ DECOMPOSED = "e\u0301te\u0301 x\u0301q\u0307\u0323 가 \u1112\u1161\u11ab.\u2126
 load = cache(Tokenizer.from_directory)
 
 
-def place(directory: str, shared_data: Path) -> Path:
+def path_of(directory: str, shared_data: Path) -> Path:
     return DEMO if directory == HERE else shared_data / directory
 
 
@@ -78,8 +79,8 @@ def label_text(tokenizer: Tokenizer, encoded: PairIds) -> tuple[str, str]:
 @pytest.mark.parametrize("directory", WITH_JSON)
 @pytest.mark.parametrize("text", TEXTS)
 def test_spans_are_those_of_tokenizers(directory: str, text: str, shared_data: Path) -> None:
-    tokenizer = load(place(directory, shared_data))
-    expected = oracle_of(place(directory, shared_data)).encode(text)
+    tokenizer = load(path_of(directory, shared_data))
+    expected = oracle_of(path_of(directory, shared_data)).encode(text)
     ids = tokenizer.encode(text)
     assert ids == expected.ids
     spans, offsets = token_spans(tokenizer, ids, text), expected.offsets
@@ -97,10 +98,10 @@ def spans_that_spell(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
     """
     ids = tokenizer.encode(text, bos=False)
     spans = token_spans(tokenizer, ids, text)
-    for place, (id, (start, end)) in enumerate(zip(ids, spans, strict=True)):
+    for index, (id, (start, end)) in enumerate(zip(ids, spans, strict=True)):
         token = tokenizer.token_text(id)
         if token != text[start:end] and "\ufffd" not in token:
-            assert token == " " + text[start:end] and place == 0
+            assert token == " " + text[start:end] and index == 0
     assert all(before <= after for before, after in itertools.pairwise(spans))
     covered = {at for start, end in spans for at in range(start, end)}
     assert covered == set(range(len(text)))
@@ -152,7 +153,7 @@ def test_spans_of_text_that_is_composed_first(shared_data: Path) -> None:
 
 
 def test_a_changed_text_is_refused(shared_data: Path, tmp_path: Path) -> None:
-    """Without its json the stories' model drops spaces: no place after them would be right."""
+    """Without its json the stories' model drops spaces: no span after them would be right."""
     shutil.copy(shared_data / STORIES / "tokenizer.model", tmp_path)
     tokenizer = load(tmp_path)
     good = Pair("One two\n(A) x", "(A)", "(B)")
@@ -189,7 +190,7 @@ CASES = [
 @pytest.mark.parametrize("directory", ALL)
 @pytest.mark.parametrize("case", range(4))
 def test_labels_as_each_tokenizer_cuts_them(directory: str, case: int, shared_data: Path) -> None:
-    tokenizer, pair = load(place(directory, shared_data)), CASES[case]
+    tokenizer, pair = load(path_of(directory, shared_data)), CASES[case]
     form = FORMS[directory][case]
     if form is None:
         with pytest.raises(ValueError, match=r'^the label "Yes" is 2 tokens'):
@@ -202,7 +203,7 @@ def test_labels_as_each_tokenizer_cuts_them(directory: str, case: int, shared_da
     text = f"{pair.question}\nAnswer: {pair.matching.strip()}"
     assert encoded.matching.ids == tokenizer.encode(text)
     if directory in WITH_JSON:
-        offsets = oracle_of(place(directory, shared_data)).encode(text).offsets
+        offsets = oracle_of(path_of(directory, shared_data)).encode(text).offsets
         start, end = offsets[encoded.matching.label_at]
         assert start <= text.rindex(label) < end and text[start:end] == form
         before, answered = offsets[encoded.matching.answer_at - 1 :][:2]
@@ -238,7 +239,7 @@ def test_labels_in_a_chat(directory: str, case: int, shared_data: Path) -> None:
 
 @pytest.mark.parametrize("directory", ALL)
 def test_labels_of_the_published_pairs(directory: str, shared_data: Path) -> None:
-    tokenizer = load(place(directory, shared_data))
+    tokenizer = load(path_of(directory, shared_data))
     steering = shared_data / "steering"
     files = [
         steering / "anthropic-evals/advanced-ai-risk/survival-instinct.jsonl",
@@ -307,7 +308,7 @@ def test_the_label_is_never_the_space_before_it(shared_data: Path) -> None:
     assert tokenizer.token_text(encoded.matching.ids[at - 1]) == " "
     assert encoded.matching.ids[at - 1] == encoded.other.ids[at - 1]
     assert label_text(tokenizer, encoded) == ("A", "C")
-    # Before a B it does not, so the two labels stand at different places.
+    # Before a B it does not, so the two labels stand at different positions.
     with pytest.raises(ValueError, match=r'"A" and " B" do not follow the same tokens'):
         encode_pair(tokenizer, Pair("Q?", "A", "B"), PLAIN)
 
@@ -330,7 +331,7 @@ REFUSALS = {
     'both answers have the label "A": choose pairs whose answers begin with different words': Pair(
         "Q?", "(A) now", "(A) later"
     ),
-    'the answer "(?)" has no letter or digit to tell it by': Pair("Q?", "(?)", "(!)"),
+    'the answer "(?)" has no letter or digit to identify it': Pair("Q?", "(?)", "(!)"),
     'the labels\' tokens "A" and " No" do not follow the same tokens: write both answers alike up '
     'to the label, as in "(A)" and "(B)"': Pair("Q?", "(A)", "No"),
     "plain texts have no label: read their last position or their mean": Pair("", "love", "hate"),

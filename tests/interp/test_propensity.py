@@ -11,17 +11,24 @@ from typing import Any
 import pytest
 import torch
 from oracles import hf_model, save
-from steered import hook_for, load
+from steered import edits_of, hook_for, load
 from tolerances import CHUNKING, EFFECT, LENS
 from torch import Tensor
 
-from shardlens.engine.edit_table import EditTable
-from shardlens.engine.steering import Steering
-from shardlens.interp import propensity
-from shardlens.interp.pairs import Pair
-from shardlens.interp.prompts import PairIds, PromptForm, Side, encode_pair
-from shardlens.interp.propensity import PROTOCOLS, Item, Variants, propensities
-from shardlens.interp.slopes import MULTIPLIERS
+from shardlens.engine import Steering
+from shardlens.interp import (
+    MULTIPLIERS,
+    PROTOCOLS,
+    Item,
+    Pair,
+    PairIds,
+    PromptForm,
+    Side,
+    Variants,
+    encode_pair,
+    propensities,
+    propensity,
+)
 from shardlens.model import Transformer
 from shardlens.model.points import POINTS, Tap
 from shardlens.model.source import DEMO
@@ -33,7 +40,7 @@ from shardlens.tokenizer.tokenizer import Tokenizer
 SMALL_LOGITS = dict(initializer_range=0.08)
 FAMILIES = ("llama-biases", "qwen3-tied")
 N_LAYERS, D = 3, 48
-PLACES = [Tap(layer, point) for layer in range(N_LAYERS) for point in POINTS]
+TAPS = [Tap(layer, point) for layer in range(N_LAYERS) for point in POINTS]
 N_STEPS = len(MULTIPLIERS)
 
 
@@ -86,33 +93,31 @@ class Asked:
 
 
 def directions() -> Tensor:
-    """[places, d]; as long as the states are, or so."""
-    return torch.randn(len(PLACES), D, generator=torch.Generator().manual_seed(11))
+    """[taps, d]; as long as the states are, or so."""
+    return torch.randn(len(TAPS), D, generator=torch.Generator().manual_seed(11))
 
 
 def variants() -> Variants:
-    """Every place at every multiplier, multipliers fastest."""
+    """Every tap at every multiplier, multipliers fastest."""
     return Variants(
-        places=[tap for tap in PLACES for _ in MULTIPLIERS],
+        taps=[tap for tap in TAPS for _ in MULTIPLIERS],
         vectors=directions(),
-        rows=torch.arange(len(PLACES)).repeat_interleave(N_STEPS),
-        scales=torch.tensor(MULTIPLIERS).repeat(len(PLACES)),
+        rows=torch.arange(len(TAPS)).repeat_interleave(N_STEPS),
+        scales=torch.tensor(MULTIPLIERS).repeat(len(TAPS)),
     )
 
 
 @torch.no_grad()
 def by_own_passes(model: Transformer, asked: Asked) -> Tensor:
-    """[places, K]: a whole forward pass with an edit table for every text of every variant."""
+    """[taps, K]: a whole forward pass with an edit table for every text of every variant."""
 
     def logits(ids: list[int], steering: Steering) -> Tensor:
-        table = EditTable.of(
-            [[steering]], [len(ids)], len(ids), model.config, model.dtype, model.device
-        )
-        hidden = model(torch.tensor([ids]), edits=table)[0]
+        edits = edits_of(model, [steering], len(ids), len(ids))
+        hidden = model(torch.tensor([ids]), edits=edits)[0]
         return (model.norm(hidden) @ model.head.weight.T).double()
 
-    found = torch.empty(len(PLACES), N_STEPS, dtype=torch.float64)
-    for number, (tap, vector) in enumerate(zip(PLACES, directions(), strict=True)):
+    found = torch.empty(len(TAPS), N_STEPS, dtype=torch.float64)
+    for number, (tap, vector) in enumerate(zip(TAPS, directions(), strict=True)):
         for step, multiplier in enumerate(MULTIPLIERS):
             steering = Steering(
                 vector, [tap.layer], tap.point, scale=multiplier, positions=asked.first_edited
@@ -122,12 +127,12 @@ def by_own_passes(model: Transformer, asked: Asked) -> Tensor:
 
 
 @torch.no_grad()
-def by_hooks(hf: Any, asked: Asked, n_places: int = len(PLACES)) -> Tensor:
-    """[places, K]: transformers in float64, its states moved by hooks; multipliers as a batch."""
-    found = torch.empty(n_places, N_STEPS, dtype=torch.float64)
+def by_hooks(hf: Any, asked: Asked, n_taps: int = len(TAPS)) -> Tensor:
+    """[taps, K]: transformers in float64, its states moved by hooks; multipliers as a batch."""
+    found = torch.empty(n_taps, N_STEPS, dtype=torch.float64)
     steps = torch.tensor(MULTIPLIERS, dtype=torch.float64)[:, None]
-    vectors = directions()[:n_places].double()
-    for number, (tap, vector) in enumerate(zip(PLACES, vectors, strict=False)):
+    vectors = directions()[:n_taps].double()
+    for number, (tap, vector) in enumerate(zip(TAPS, vectors, strict=False)):
 
         def change(x: Tensor, move: Tensor = steps * vector) -> Tensor:
             x = x.clone()
@@ -145,12 +150,12 @@ def by_hooks(hf: Any, asked: Asked, n_places: int = len(PLACES)) -> Tensor:
 
 
 def swept(model: Transformer, pair: PairIds, protocol: str) -> Tensor:
-    """[places, K]"""
+    """[taps, K]"""
     return propensities(model, Item.of(pair, protocol), variants()).view(-1, N_STEPS)
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
-    """To 1e-5 nats, where the unsteered model is far off at every place."""
+    """To 1e-5 nats, where the unsteered model is far off at every tap."""
     assert found.dtype == torch.float64
     assert (found - expected).abs().max() <= LENS
     zero = MULTIPLIERS.index(0)
@@ -175,7 +180,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("case", list(PAIRS))
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_as_a_pass_for_each_edit(protocol: str, case: str, models: Any) -> None:
-    """Of all places and multipliers, by our own forward pass over whole texts."""
+    """For all taps and multipliers, by our own forward pass over whole texts."""
     model = models("llama-biases")[2]
     expected = by_own_passes(model, Asked.of(PAIRS[case], protocol))
     assert_same(swept(model, PAIRS[case], protocol), expected)
@@ -215,7 +220,7 @@ def test_in_parts(protocol: str, rows: int, models: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(propensity, "run_branches", watched)
     whole = swept(model, pair, protocol)
-    n_edits, (n_texts, n_tokens) = len(PLACES) * N_STEPS, (1, 1) if protocol == "paper" else (2, 5)
+    n_edits, (n_texts, n_tokens) = len(TAPS) * N_STEPS, (1, 1) if protocol == "paper" else (2, 5)
     assert passed == [(n_edits * n_texts, n_tokens)]
     passed.clear()
     monkeypatch.setattr(propensity, "PASS_ROWS", rows)

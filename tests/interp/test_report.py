@@ -14,9 +14,18 @@ import pytest
 from rich.console import Console, RenderableType
 from tolerances import FLOAT64
 
-from shardlens.interp.report import SteerabilityReport, check_format
-from shardlens.interp.report_table import curve_table, layer_map, slopes_table, summary_lines
-from shardlens.interp.slopes import MULTIPLIERS, difference, example_slopes, summarize
+from shardlens.interp import (
+    MULTIPLIERS,
+    SteerabilityReport,
+    curve_table,
+    difference,
+    example_slopes,
+    layer_map,
+    slopes_table,
+    summarize,
+    summary_lines,
+)
+from shardlens.interp.report import check_format
 from shardlens.model.points import Tap
 
 SLOPES = (0.1, 0.4, 0.9, 0.6)  # mean slope made up for each of four layers
@@ -101,11 +110,11 @@ def test_seed_is_that_of_the_bootstrap() -> None:
 
 
 def test_suggestion_is_ranked_among_its_point() -> None:
-    assert made_up().suggestion_place() == (2, 4)
-    assert made_up(suggested=Tap(2, "mlp_norm")).suggestion_place() == (4, 4)
-    assert made_up(suggested=Tap(3, "resid_post")).suggestion_place() == (1, 1)
-    assert made_up(suggested=Tap(0, "mlp_norm")).suggestion_place() is None
-    assert made_up(suggested=None).suggestion_place() is None
+    assert made_up().suggestion_rank() == (2, 4)
+    assert made_up(suggested=Tap(2, "mlp_norm")).suggestion_rank() == (4, 4)
+    assert made_up(suggested=Tap(3, "resid_post")).suggestion_rank() == (1, 1)
+    assert made_up(suggested=Tap(0, "mlp_norm")).suggestion_rank() is None
+    assert made_up(suggested=None).suggestion_rank() is None
     # over layers 2 to 5 accessibility ranks 1 2 3 4, slopes 1 2 4 3
     assert made_up().accessibility_spearman() == pytest.approx(0.8)
     assert made_up(suggested=Tap(3, "resid_post")).accessibility_spearman() is None
@@ -116,8 +125,8 @@ def test_json_holds_the_same_numbers(tmp_path: Path) -> None:
     for report in (made_up(), smallest()):
         report.save(tmp_path / "report.json")
         assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
-    assert report.to_dict()["suggestion_place"] is None
-    assert made_up().to_dict()["suggestion_place"] == {"rank": 2, "of": 4}
+    assert report.to_dict()["suggestion_rank"] is None
+    assert made_up().to_dict()["suggestion_rank"] == {"rank": 2, "of": 4}
 
 
 def test_picture(tmp_path: Path) -> None:
@@ -220,7 +229,7 @@ def test_summary_is_in_words() -> None:
         "protocol paper: 20 items, vectors from 40 pairs",
         "the token A;",
         "wins in 55% of the items; it is listed first in 50%",
-        f"best of 5 places: layer 4 mlp_norm, slope {slope.mean:+.3f} "
+        f"best of 5 taps: layer 4 mlp_norm, slope {slope.mean:+.3f} "
         f"(95% interval {slope.low:+.3f} to {slope.high:+.3f})",
         f"equal norm there: slope {control.mean:+.3f} (95%",
         f"larger by {report.differences[2][0]:+.3f} (95%",

@@ -10,10 +10,8 @@ import pytest
 from scipy import stats
 from tolerances import FLOAT64
 
-from shardlens.interp.slopes import (
+from shardlens.interp import (
     MULTIPLIERS,
-    RESAMPLES,
-    Floats,
     difference,
     difference_each,
     example_slopes,
@@ -22,6 +20,7 @@ from shardlens.interp.slopes import (
     summarize,
     summarize_each,
 )
+from shardlens.interp.slopes import RESAMPLES, Floats
 
 UNEVEN = (-2.0, -0.3, 0.1, 0.1, 5.0)
 

@@ -5,31 +5,40 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracles import SMALL
+from steered import edits_of
 from tolerances import CHUNKING, EFFECT, LENS
 from torch import Tensor
 
+import shardlens
 from shardlens.bench.shared_weights import as_transformers
-from shardlens.engine.edit_table import EditTable
-from shardlens.engine.steering import Steering
-from shardlens.engine.vectors import Origin, SteeringVectors
-from shardlens.interp import steerability as sweep
-from shardlens.interp import suggest as suggestion
-from shardlens.interp.extract import extract, model_fingerprint
-from shardlens.interp.pairs import Pair, read_pairs
-from shardlens.interp.prompts import PairIds, PromptForm, encode_pairs, split_pairs
-from shardlens.interp.propensity import PROTOCOLS, Variants
-from shardlens.interp.report import SteerabilityReport
-from shardlens.interp.slopes import MULTIPLIERS
-from shardlens.interp.steerability import steerability
-from shardlens.interp.suggest import MOST_PAIRS, OF_THE_LARGEST, suggest
+from shardlens.engine import Steering, SteeringVectors
+from shardlens.engine.fingerprint import model_fingerprint
+from shardlens.engine.vector_fields import Origin
+from shardlens.interp import (
+    MULTIPLIERS,
+    PROTOCOLS,
+    Pair,
+    PairIds,
+    PromptForm,
+    SteerabilityReport,
+    Variants,
+    encode_pairs,
+    extract,
+    propensities,
+    read_pairs,
+    split_pairs,
+    steerability,
+    suggest,
+)
+from shardlens.interp.suggest import MOST_PAIRS, OF_THE_LARGEST
 from shardlens.model import ModelConfig, Transformer, init_weights
-from shardlens.model.load import load
 from shardlens.model.points import Tap
 from shardlens.model.source import DEMO
 from shardlens.tokenizer.tokenizer import Tokenizer
@@ -89,10 +98,8 @@ def one_by_one(
         sides = (sides[0][:label_at],) * 2
 
     def score(ids: list[int], label: int, steering: Steering) -> float:
-        table = EditTable.of(
-            [[steering]], [len(ids)], len(ids), model.config, model.dtype, model.device
-        )
-        hidden = model(torch.tensor([ids]), edits=table)[0]
+        edits = edits_of(model, [steering], len(ids), len(ids))
+        hidden = model(torch.tensor([ids]), edits=edits)[0]
         logits = (model.norm(hidden) @ model.head.weight.T).double()
         if protocol == "paper":
             return float(logits[-1, label])
@@ -171,13 +178,13 @@ def test_a_control_is_as_long_and_drawn_from_the_seed(
     model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[Variants] = []
-    real = sweep.propensities
+    real = propensities
 
     def watched(model: Transformer, item: Any, variants: Variants) -> Tensor:
         tried.append(variants)
         return real(model, item, variants)
 
-    monkeypatch.setattr(sweep, "propensities", watched)
+    monkeypatch.setattr(import_module("shardlens.interp.steerability"), "propensities", watched)
 
     def found(seed: int) -> SteerabilityReport:
         return steerability(model, tokenizer, PAIRS, made(), multipliers=STEPS, seed=seed)
@@ -274,7 +281,7 @@ def test_refused(
     assert str(raised.value) == message and "\n" not in message
 
 
-def test_a_unit_is_a_scale_of_each_place(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_a_unit_is_a_scale_of_each_tap(model: Transformer, tokenizer: Tokenizer) -> None:
     """resid_norm: one unit adds as much as the states there are long."""
     vectors = made()
     report = steerability(
@@ -282,7 +289,7 @@ def test_a_unit_is_a_scale_of_each_place(model: Transformer, tokenizer: Tokenize
     )
     assert report.unit == "resid_norm"
     plain = steerability(model, tokenizer, PAIRS, vectors, multipliers=STEPS)
-    for place, tap in enumerate(TAPS):
+    for index, tap in enumerate(TAPS):
         factor = (2.0 + tap.layer) / vectors.norm(tap)
         by_hand = steerability(
             model,
@@ -291,13 +298,13 @@ def test_a_unit_is_a_scale_of_each_place(model: Transformer, tokenizer: Tokenize
             vectors.restricted([tap]),
             multipliers=[factor * step for step in STEPS],
         )
-        assert np.abs(report.propensities[place] - by_hand.propensities[0]).max() <= CHUNKING
-        away = np.abs(report.propensities[place] - plain.propensities[place]).max()
+        assert np.abs(report.propensities[index] - by_hand.propensities[0]).max() <= CHUNKING
+        away = np.abs(report.propensities[index] - plain.propensities[index]).max()
         assert away > EFFECT * CHUNKING
 
 
-def test_places_can_be_chosen(model: Transformer, tokenizer: Tokenizer) -> None:
-    """A place's numbers are its own, whichever others are tried beside it."""
+def test_taps_can_be_chosen(model: Transformer, tokenizer: Tokenizer) -> None:
+    """A tap's numbers stay the same, whichever others are tried beside it."""
 
     def found(**options: Any) -> SteerabilityReport:
         return steerability(model, tokenizer, PAIRS, made(), multipliers=STEPS, **options)
@@ -313,13 +320,13 @@ def test_places_can_be_chosen(model: Transformer, tokenizer: Tokenizer) -> None:
         assert part.taps == taps
         kept = [TAPS.index(tap) for tap in taps]
         assert np.abs(part.propensities - whole.propensities[kept]).max() <= CHUNKING
-        others = [place for place in range(len(TAPS)) if place not in kept]
+        others = [index for index in range(len(TAPS)) if index not in kept]
         for other in others:
             gap = np.abs(part.propensities - whole.propensities[other]).max()
             assert gap > EFFECT * CHUNKING
 
 
-def test_one_place_has_two_names(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_one_tap_has_two_names(model: Transformer, tokenizer: Tokenizer) -> None:
     v = torch.randn(D)
     after, before = (
         steerability(
@@ -358,7 +365,8 @@ def gaps_of(hf: Any, pair: PairIds) -> Tensor:
 
 @pytest.fixture(scope="module")
 def demo() -> tuple[Transformer, Tokenizer]:
-    return load("demo", dtype=torch.float32)
+    lm = shardlens.load("demo", dtype=torch.float32)
+    return lm.model, lm.tokenizer
 
 
 def dispositions(name: str) -> list[Pair]:
@@ -388,7 +396,8 @@ def test_the_first_of_layers_that_are_alike_is_suggested(
     encoded = encode_pairs(tokenizer, PAIRS, PromptForm())
 
     def suggested(*gaps: float) -> int:
-        monkeypatch.setattr(suggestion, "_gaps", lambda *_: torch.tensor(gaps).double())
+        module = import_module("shardlens.interp.suggest")
+        monkeypatch.setattr(module, "_gaps", lambda *_: torch.tensor(gaps).double())
         return suggest(model, encoded)[1].layer
 
     assert OF_THE_LARGEST == 0.9

@@ -16,10 +16,11 @@ from tolerances import GRADIENT_RELATIVE
 from torch import Tensor
 
 from shardlens.bench.compiled import CHIPS
+from shardlens.kernels import rope_angles_reference
 from shardlens.kernels.head_cut import configs_of
-from shardlens.kernels.rope import rope_angles_reference
 from shardlens.model import ModelConfig, Transformer, init_weights
 from shardlens.model.attention import causal_attention
+from shardlens.model.transformer import ForwardPass
 
 # What the head's product of many rows must use.
 INSTRUCTIONS = {
@@ -106,8 +107,10 @@ def test_a_compiled_block_equals_the_eager_one(device: torch.device, either: str
     positions = torch.arange(9, device=device)[None]
     rope = rope_angles_reference(positions, model._inv_freq.to(device), torch.float32)
 
+    forward_pass = ForwardPass(causal_attention(rope))
+
     def run(x: Tensor, delta: Tensor) -> Any:
-        return block(x, delta, 1, causal_attention(rope))
+        return block(x, delta, 1, forward_pass)
 
     def gradients(function: Any) -> list[Tensor]:
         torch.manual_seed(3)

@@ -8,7 +8,7 @@ from tolerances import EFFECT, LENS
 from torch import Tensor
 
 from shardlens.bench.head_cpu import fresh_peak_bytes
-from shardlens.kernels.head_stats_reference import Noise, head_stats_reference
+from shardlens.kernels import Noise, head_stats_reference
 
 TOP_K = 5
 
@@ -19,7 +19,7 @@ def bf16_problem(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(rows, 256, generator=generator).bfloat16()
     weight = (torch.randn(vocab, 256, generator=generator) * (3 / 16)).bfloat16()
     best = (x.double() @ weight.double().T).argmax(-1)
-    # twins of winners, one of them with the lower id
+    # twins of the best ids, one of them with the lower id
     weight[0], weight[vocab - 1] = weight[best[0]], weight[best[-1]]
     return x, weight
 
@@ -38,8 +38,8 @@ def test_bf16_products_are_not_rounded(rows: int) -> None:
     """Default blocks, more than one of rows and of ids."""
     x, weight = bf16_problem(rows, 5003)
     ids, logsumexp, entropy = float64_head(x, weight)
-    stats = head_stats_reference(x, weight, k=TOP_K)
-    assert torch.equal(stats.ids, ids)
+    stats = head_stats_reference(x, weight, k=TOP_K).rows
+    assert torch.equal(stats.token_ids, ids)
     total = stats.sum_exp.log()
     assert (stats.max + total - logsumexp).abs().max() <= LENS
     assert (total - stats.sum_dev / stats.sum_exp - entropy).abs().max() <= LENS
@@ -54,8 +54,8 @@ def test_rounded_products_would_show() -> None:
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "flat", "last_rises"])
-def test_blocks_without_winners_are_skipped_rightly(order: str) -> None:
-    """Every block, none but the first, or only the last one changes the winners."""
+def test_blocks_without_candidates_are_skipped_rightly(order: str) -> None:
+    """Every block, none but the first, or only the last one changes the top-k."""
     levels = {
         "rising": torch.arange(90),
         "falling": torch.arange(90, 0, -1),
@@ -64,8 +64,8 @@ def test_blocks_without_winners_are_skipped_rightly(order: str) -> None:
     }[order].float()
     x, weight = torch.tensor([[1.0], [0.0], [-1.0]]), levels[:, None]
     expected = (x @ weight.T).argsort(dim=-1, descending=True, stable=True)[:, :TOP_K]
-    stats = head_stats_reference(x, weight, k=TOP_K, vocab_block=8)
-    assert torch.equal(stats.ids, expected)
+    stats = head_stats_reference(x, weight, k=TOP_K, vocab_block=8).rows
+    assert torch.equal(stats.token_ids, expected)
 
 
 def test_sampled_rows_end_within_a_block_of_rows() -> None:
@@ -74,13 +74,14 @@ def test_sampled_rows_end_within_a_block_of_rows() -> None:
     noise = Noise(torch.arange(4), torch.arange(4) * 5, n_best=3)
     whole = head_stats_reference(x, weight, k=2, noise=noise)
     parts = head_stats_reference(x, weight, k=2, noise=noise, row_block=3)
-    assert torch.equal(whole.key_ids, parts.key_ids)
-    assert torch.equal(whole.ids, parts.ids)
+    assert whole.samples is not None and parts.samples is not None
+    assert torch.equal(whole.samples.token_ids, parts.samples.token_ids)
+    assert torch.equal(whole.rows.token_ids, parts.rows.token_ids)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_needs_less_than_a_tenth_of_full_logits(dtype: str) -> None:
     """At 512 rows and 128,256 ids, of what full logits, topk and logsumexp need."""
-    ours, full = (fresh_peak_bytes(arm, dtype, 128_256) for arm in ("streamed", "full"))
+    ours, full = (fresh_peak_bytes(impl, dtype, 128_256) for impl in ("streamed", "full"))
     assert ours < full / 10

@@ -10,18 +10,22 @@ from oracles import assert_as_good
 from tolerances import GUMBEL, LENS
 from torch import Tensor
 
-from shardlens.kernels import head_cut
-from shardlens.kernels.dispatch import implementation
-from shardlens.kernels.gumbel import gumbel_reference
-from shardlens.kernels.head_stats import head_stats
-from shardlens.kernels.head_stats_reference import HeadStats, Noise, Target, head_stats_reference
-from shardlens.kernels.rmsnorm_steer import rmsnorm_reference
+from shardlens.kernels import (
+    HeadStats,
+    Noise,
+    SampleStats,
+    Target,
+    gumbel_reference,
+    head_cut,
+    head_stats,
+    head_stats_reference,
+    implementation,
+    target_logits,
+)
 from shardlens.kernels.rounding import tensor_core_slack
-from shardlens.kernels.target_logits import target_logits
-from shardlens.parallel.group import TensorParallel
-from shardlens.parallel.head_reduce import Winners, reduce_head
+from shardlens.parallel import TensorParallel, VocabHead
+from shardlens.parallel.head_reduce import HeadResult, reduce_head
 from shardlens.parallel.spans import split_vocab
-from shardlens.parallel.vocab import VocabHead
 
 
 def inputs(rows: int, vocab: int, d: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -38,13 +42,25 @@ def targets(x: Tensor, weight: Tensor, scale: Tensor, first_id: int) -> Target:
     return Target(ids, logits, slack * scale)
 
 
-def summary(stats: HeadStats, group_size: int) -> dict[str, Tensor]:
-    """What the sums are for: log-sum-exp, entropy, KL's gap; the winners and the target."""
+def assert_close(found: HeadStats, expected: HeadStats) -> None:
+    ours = found.tensors()
+    for name, value in expected.tensors().items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5)
+
+
+def samples_of(stats: HeadStats) -> SampleStats:
+    assert stats.samples is not None
+    return stats.samples
+
+
+def summary(head: HeadStats, rows_per_request: int) -> dict[str, Tensor]:
+    """What the sums are for: log-sum-exp, entropy, KL's gap; the top-k and the target."""
+    stats = head.rows
     total = stats.sum_exp.double()
-    reference = torch.arange(len(total), device=total.device) // group_size * group_size
-    reference = (reference + group_size - 1).clamp(max=max(0, len(total) - 1))
+    request = torch.arange(len(total), device=total.device) // rows_per_request
+    reference = ((request + 1) * rows_per_request - 1).clamp(max=max(0, len(total) - 1))
     return {
-        "values": stats.values,
+        "logits": stats.logits,
         "logsumexp": (stats.max + total.log()).float(),
         "entropy": (total.log() - stats.sum_dev / total).float(),
         "gap": (stats.cross / total[reference]).float(),
@@ -61,7 +77,7 @@ def truth_of(x: Tensor, weight: Tensor, k: int, scale: Tensor, g: int, local: Te
     here = (local >= 0) & (local < z.shape[1])
     order = torch.sort(z, dim=-1, descending=True, stable=True)
     return order.indices[:, :k], {
-        "values": order.values[:, :k],
+        "logits": order.values[:, :k],
         "logsumexp": z.logsumexp(-1),
         "entropy": -(logp.exp() * logp).sum(-1),
         "gap": gap.sum(-1).flatten(),
@@ -79,7 +95,7 @@ def test_against_float64(
 ) -> None:
     x, weight = inputs(rows, vocab, d, dtype, device)
     scale, first_id = torch.rand(rows, device=device) + 0.5, 1000
-    options: dict[str, Any] = dict(k=k, first_id=first_id, scale=scale, group_size=group)
+    options: dict[str, Any] = dict(k=k, first_id=first_id, scale=scale, rows_per_request=group)
     torch.manual_seed(1)
     with implementation("triton"):
         ours = head_stats(x, weight, target=targets(x, weight, scale, first_id), **options)
@@ -88,12 +104,12 @@ def test_against_float64(
         target = targets(x, weight, scale, first_id)
     plain = head_stats_reference(x, weight, target=target, **options)
     ids, truth = truth_of(x, weight, k, scale, group, target.ids - first_id)
-    assert torch.equal(ours.ids, ids + first_id)
-    assert torch.equal(ours.above, plain.above)
+    assert torch.equal(ours.rows.token_ids, ids + first_id)
+    assert torch.equal(ours.rows.target_rank, plain.rows.target_rank)
     found, reference = summary(ours, group), summary(plain, group)
     for name in truth if rows else ():
         if name == "gap" and group == 1:
-            assert (ours.cross == 0).all()
+            assert (ours.rows.cross == 0).all()
         else:
             pair = (found[name], reference[name], truth[name])
             lost = tensor_core_slack(d, dtype)
@@ -101,114 +117,100 @@ def test_against_float64(
 
 
 def test_large_values_in_bf16(device: torch.device) -> None:
-    """Logits of 1e4 and more: sums stay finite, winners and entropy right."""
+    """Logits of 1e4 and more: sums stay finite, top-k and entropy right."""
     x, weight = inputs(5, 509, 96, torch.bfloat16, device)
     x = x * 1e4
     with implementation("triton"):
-        stats = head_stats(x, weight, k=3, group_size=5)
+        stats = head_stats(x, weight, k=3, rows_per_request=5).rows
     ones = torch.ones(5, device=device)
     ids, truth = truth_of(x, weight, 3, ones, 5, torch.full((5,), -1, device=device))
-    assert torch.equal(stats.ids, ids)
+    assert torch.equal(stats.token_ids, ids)
     for name in ("sum_exp", "sum_dev", "cross"):
         assert getattr(stats, name).isfinite().all(), name
-    torch.testing.assert_close(stats.values.double(), truth["values"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.logits.double(), truth["logits"], rtol=1e-6, atol=0)
 
 
 def test_vocabulary_padded_with_minus_infinity(device: torch.device, either: str) -> None:
     """Ids whose logits are -inf, at either end of the slice, are as if they were not there."""
     x, weight = torch.rand(6, 16, device=device) + 0.1, torch.randn(509, 16, device=device)
     weight[:150], weight[400:] = -torch.inf, -torch.inf
-    options: dict[str, Any] = dict(k=4, group_size=3)
+    options: dict[str, Any] = dict(k=4, rows_per_request=3)
     ours = head_stats(x, weight, **options)
     inner = head_stats_reference(x, weight[150:400], first_id=150, **options)
-    for name, value in vars(inner).items():
-        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
-    few = head_stats(x, weight[398:], k=4, first_id=398)
-    assert (few.ids[:, :2] >= 398).all() and (few.ids[:, 2:] == -1).all()
-    none = head_stats(x, weight[:100], k=2)
-    assert (none.ids == -1).all() and none.max.isneginf().all() and (none.sum_exp == 0).all()
+    assert_close(ours, inner)
+    few = head_stats(x, weight[398:], k=4, first_id=398).rows.token_ids
+    assert (few[:, :2] >= 398).all() and (few[:, 2:] == -1).all()
+    none = head_stats(x, weight[:100], k=2).rows
+    assert (none.token_ids == -1).all() and none.max.isneginf().all() and (none.sum_exp == 0).all()
 
 
 @pytest.mark.parametrize("levels", [1, 3])
 def test_ties_across_tiles_and_shares(levels: int, device: torch.device) -> None:
-    """Winners of equal logits are the lowest ids, however the slice is walked."""
+    """Candidates of equal logits are the lowest ids, however the slice is walked."""
     of_id = torch.arange(700, device=device) % levels
     x, weight = torch.ones(3, 16, device=device), of_id[:, None].float().expand(700, 16)
     with implementation("triton"):
-        stats = head_stats(x, weight.contiguous(), k=10)
-    assert stats.ids.tolist() == [[*range(levels - 1, 10 * levels, levels)]] * 3
+        stats = head_stats(x, weight.contiguous(), k=10).rows
+    assert stats.token_ids.tolist() == [[*range(levels - 1, 10 * levels, levels)]] * 3
 
 
 def test_strided_inputs_and_small_slices(device: torch.device) -> None:
     wide, tall = torch.randn(14, 300, device=device), torch.randn(96, 420, device=device)
     for x, weight in ((wide[::2, 100:196], tall.T[::2]), (wide[:7, ::3][:, :96], tall.T[:3])):
-        options: dict[str, Any] = dict(k=5, group_size=7)
+        options: dict[str, Any] = dict(k=5, rows_per_request=7)
         with implementation("triton"):
             ours = head_stats(x, weight, **options)
         plain = head_stats_reference(x, weight, **options)
-        for name, value in vars(plain).items():
-            torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
-        assert torch.equal(ours.ids, plain.ids)  # -1 beyond the ids of the slice
+        assert_close(ours, plain)
+        assert torch.equal(
+            ours.rows.token_ids, plain.rows.token_ids
+        )  # -1 beyond the ids of the slice
     pairs = torch.rand(7, 2, device=device) + 0.5
-    keyed = torch.arange(6, device=device).view(3, 2)
-    noise = Noise(keyed[:, 0], keyed[:, 1])
+    numbers = torch.arange(6, device=device).view(3, 2)
+    noise = Noise(numbers[:, 0], numbers[:, 1])
     assert not (pairs[:, 0].is_contiguous() or noise.seed.is_contiguous())
     with implementation("triton"):
         ours = head_stats(x, weight, k=3, scale=pairs[:, 0], noise=noise)
     plain = head_stats_reference(x, weight, k=3, scale=pairs[:, 0], noise=noise)
-    for name, value in vars(plain).items():
-        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
+    assert_close(ours, plain)
     with implementation("triton"):
-        none = head_stats(x, weight[:0], k=5)
-    assert (none.ids == -1).all() and none.max.isneginf().all() and (none.sum_exp == 0).all()
+        none = head_stats(x, weight[:0], k=5).rows
+    assert (none.token_ids == -1).all() and none.max.isneginf().all() and (none.sum_exp == 0).all()
 
 
 @pytest.mark.parametrize("group", [2, 130, 300])
-def test_groups_of_any_length(group: int, device: torch.device) -> None:
-    """More rows than a tile; groups of 130 and 300 are longer than a tile."""
+def test_requests_of_any_length(group: int, device: torch.device) -> None:
+    """More rows than a tile; requests of 130 and 300 rows are longer than a tile."""
     x, weight = inputs(300 // group * group, 200, 32, torch.float32, device)
     scale = torch.rand(len(x), device=device) + 0.5
     target = targets(x, weight, scale, 0)
     seeds = torch.arange(min(2, len(x) // group), device=device)
-    noise = Noise(seeds, seeds, place=group // 2)
-    options: dict[str, Any] = dict(k=2, scale=scale, target=target, group_size=group, noise=noise)
+    noise = Noise(seeds, seeds, sample_row=group // 2)
+    options: dict[str, Any] = dict(
+        k=2, scale=scale, target=target, rows_per_request=group, noise=noise
+    )
     with implementation("triton"):
         ours = head_stats(x, weight, **options)
     plain = head_stats_reference(x, weight, **options)
-    for name, value in vars(plain).items():
-        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
-    assert plain.cross.abs().max() > 0.1
-
-
-def test_rows_that_are_not_normed_yet(device: torch.device, either: str) -> None:
-    x, weight = inputs(9, 300, 100, torch.float32, device)
-    norm_weight = torch.rand(100, device=device) + 0.5
-    scale = torch.rand(9, device=device) + 0.5
-    noise = Noise(torch.arange(3, device=device), torch.arange(3, device=device))
-    options: dict[str, Any] = dict(k=4, scale=scale, noise=noise, group_size=3)
-    ours = head_stats(x * 7, weight, norm_weight=norm_weight, eps=1e-5, **options)
-    normed = rmsnorm_reference(x * 7, norm_weight, 1e-5)
-    plain = head_stats_reference(normed, weight, **options)
-    for name, value in vars(plain).items():
-        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
-    unscaled = head_stats_reference(x * 7, weight, k=4)
-    assert (unscaled.values - plain.values).abs().max() > 1
+    assert_close(ours, plain)
+    assert plain.rows.cross.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("rows", [3, 140])
 def test_samples_are_those_of_the_reference(rows: int, device: torch.device) -> None:
-    """Keys, their ids and logits, for all rows or the leading ones, at scales of their own."""
+    """Keys, their ids and logits, for all rows or the leading ones, each row with its scale."""
     x, weight = inputs(rows, 509, 32, torch.float32, device)
     scale = torch.rand(rows, device=device) + 0.5
-    for n_keyed in (1, 3) if rows == 3 else (130,):
-        seeds = torch.arange(n_keyed, device=device) * 2**40 + 11
-        noise = Noise(seeds, torch.arange(n_keyed, device=device) + 7, n_best=3)
+    for n_samples in (1, 3) if rows == 3 else (130,):
+        seeds = torch.arange(n_samples, device=device) * 2**40 + 11
+        noise = Noise(seeds, torch.arange(n_samples, device=device) + 7, n_best=3)
         with implementation("triton"):
             ours = head_stats(x, weight, k=1, first_id=77, scale=scale, noise=noise)
         plain = head_stats_reference(x, weight, k=1, first_id=77, scale=scale, noise=noise)
-        assert torch.equal(ours.key_ids, plain.key_ids)
-        torch.testing.assert_close(ours.key_values, plain.key_values, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(ours.key_logits, plain.key_logits, rtol=1e-5, atol=1e-5)
+        found, expected = samples_of(ours), samples_of(plain)
+        assert torch.equal(found.token_ids, expected.token_ids)
+        torch.testing.assert_close(found.keys, expected.keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_noise_is_accurate(device: torch.device) -> None:
@@ -216,13 +218,13 @@ def test_noise_is_accurate(device: torch.device) -> None:
     x, weight = torch.zeros(64, 16, device=device), torch.zeros(1000, 16, device=device)
     noise = Noise(torch.arange(64, device=device), torch.full((64,), 5, device=device), 4)
     with implementation("triton"):
-        stats = head_stats(x, weight, k=1, noise=noise)
+        samples = samples_of(head_stats(x, weight, k=1, noise=noise))
     exact = gumbel_reference(
         noise.seed[:, None], noise.step[:, None], torch.arange(1000, device=device)[None]
     )
     order = torch.sort(exact, dim=-1, descending=True)
-    assert torch.equal(stats.key_ids, order.indices[:, :4])
-    assert (stats.key_values - order.values[:, :4]).abs().max() <= GUMBEL
+    assert torch.equal(samples.token_ids, order.indices[:, :4])
+    assert (samples.keys - order.values[:, :4]).abs().max() <= GUMBEL
 
 
 def test_bulk_loads(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -231,14 +233,11 @@ def test_bulk_loads(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> No
         monkeypatch.setattr(head_cut, "INTERPRETED", (64, 32, 64, 1))
     head_cut.cut.cache_clear()
     x, weight = inputs(70, 130, 48, torch.float32, device)
-    norm_weight = torch.rand(48, device=device)
     with implementation("triton"):
-        ours = head_stats(x, weight, k=3, group_size=7, norm_weight=norm_weight, eps=1e-5)
-    normed = rmsnorm_reference(x, norm_weight, 1e-5)
-    plain = head_stats_reference(normed, weight, k=3, group_size=7)
+        ours = head_stats(x, weight, k=3, rows_per_request=7)
+    plain = head_stats_reference(x, weight, k=3, rows_per_request=7)
     head_cut.cut.cache_clear()
-    for name, value in vars(plain).items():
-        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5)
+    assert_close(ours, plain)
 
 
 def test_logits_that_are_not_finite_end_the_walk(device: torch.device) -> None:
@@ -246,7 +245,7 @@ def test_logits_that_are_not_finite_end_the_walk(device: torch.device) -> None:
     x, weight = inputs(4, 100, 16, torch.float32, device)
     x[0, 0], x[1, 0], x[2] = torch.nan, torch.inf, -torch.inf
     with implementation("triton"):
-        stats = head_stats(x, weight, k=3)
+        stats = head_stats(x, weight, k=3).rows
     assert not (stats.max + stats.sum_exp.log())[:3].isfinite().any()
     assert stats.sum_exp[3].isfinite()
 
@@ -257,16 +256,17 @@ def test_op(device: torch.device, either: str) -> None:
     ones = torch.ones(6, device=device)
     target = targets(x, weight, ones, 0)
     noise = Noise(torch.arange(2, device=device), torch.arange(2, device=device), 2, 1)
-    flat = [[target.ids, target.logits, target.slack], 3, [noise.seed, noise.step]]
-    arguments = (x, weight, 4, 0, None, *flat, 2, 1, None, 0.0)
+    tensors = [target.ids, target.logits, target.slack], [noise.seed, noise.step]
+    arguments = (x, weight, None, *tensors, [4, 0, 3, 2, 1])
     torch.library.opcheck(torch.ops.shardlens.head_stats, arguments)
 
     def run(x: Tensor) -> HeadStats:
-        return head_stats(x, weight, k=4, target=target, group_size=3, noise=noise)
+        return head_stats(x, weight, k=4, target=target, rows_per_request=3, noise=noise)
 
     eager, compiled = run(x), torch.compile(run, fullgraph=True, backend="aot_eager")(x)
-    for name, value in vars(eager).items():
-        assert torch.equal(getattr(compiled, name), value), name
+    found = compiled.tensors()
+    for name, value in eager.tensors().items():
+        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -277,22 +277,28 @@ def test_sharded_head(ranks: int, device: torch.device, run_ranks: Any) -> None:
     full[100], full[400], full[101] = full[7], full[7], full[7]
     target_ids = torch.tensor([7, 100, 101, 400, -1, 0, 508, 509]).to(device)
     seeds = torch.arange(2, device=device)
-    noise = Noise(seeds, torch.zeros_like(seeds), place=3)
+    noise = Noise(seeds, torch.zeros_like(seeds), sample_row=3)
 
-    def body(parallel: TensorParallel) -> Winners:
+    def body(parallel: TensorParallel) -> HeadResult:
         span = split_vocab(509, parallel.rank, parallel.size)
         head = VocabHead(span, 24, parallel=parallel).to(device)
         head.weight.data.zero_()
         head.weight.data[: span.size] = full[span.start : span.stop].to(device)
-        return reduce_head(x, head, k=6, target_ids=target_ids, group_size=4, noise=noise)
+        return reduce_head(x, head, k=6, target_ids=target_ids, rows_per_request=4, noise=noise)
 
     with implementation("reference"):
         exact = run_ranks(1, body)[0]
     with implementation("triton"):
         results = run_ranks(ranks, body)
+
+    def tensors(result: HeadResult) -> dict[str, Tensor]:
+        assert result.samples is not None
+        samples = {f"samples.{name}": value for name, value in vars(result.samples).items()}
+        return {n: v for n, v in vars(result).items() if n != "samples"} | samples
+
     for result in results:
-        for name, value in vars(exact).items():
-            found = getattr(result, name)
+        for name, value in tensors(exact).items():
+            found = tensors(result)[name]
             if value.dtype == torch.int64:
                 assert torch.equal(found, value), name
             else:
@@ -305,10 +311,10 @@ def test_refusals(device: torch.device) -> None:
         head_stats(x, weight[:, :8], k=1)
     with pytest.raises(ValueError, match="k of 0"):
         head_stats(x, weight, k=0)
-    with pytest.raises(ValueError, match="whole groups of 3"):
-        head_stats(x, weight, k=1, group_size=3)
+    with pytest.raises(ValueError, match="whole requests of 3"):
+        head_stats(x, weight, k=1, rows_per_request=3)
     seeds = torch.zeros(2, dtype=torch.int64, device=device)
-    with pytest.raises(ValueError, match="place 2"):
-        head_stats(x, weight, k=1, group_size=2, noise=Noise(seeds, seeds, place=2))
-    with pytest.raises(ValueError, match="2 seeds for 1 group"):
-        head_stats(x, weight, k=1, group_size=4, noise=Noise(seeds, seeds))
+    with pytest.raises(ValueError, match="sample_row 2"):
+        head_stats(x, weight, k=1, rows_per_request=2, noise=Noise(seeds, seeds, sample_row=2))
+    with pytest.raises(ValueError, match="2 seeds for 1 request"):
+        head_stats(x, weight, k=1, rows_per_request=4, noise=Noise(seeds, seeds))

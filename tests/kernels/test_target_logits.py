@@ -8,9 +8,8 @@ import pytest
 import torch
 from oracles import assert_as_good
 
-from shardlens.kernels.dispatch import implementation
+from shardlens.kernels import implementation, target_logits, target_logits_reference
 from shardlens.kernels.rounding import tensor_core_slack
-from shardlens.kernels.target_logits import target_logits, target_logits_reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -53,7 +52,7 @@ def test_rows_that_are_not_adjacent(device: torch.device, either: str) -> None:
 
 
 def test_infinite_neighbours_stay_out(device: torch.device, either: str) -> None:
-    """Rows and targets of infinities beside a row: its own logit is its own."""
+    """Rows and targets of infinities beside a row do not touch its logit."""
     x, weight = torch.rand(3, 16, device=device) + 1, torch.rand(5, 16, device=device) + 1
     x[1], weight[4] = torch.inf, -torch.inf
     found = target_logits(x, weight, torch.tensor([0, 1, 4], device=device))[:, 0]
@@ -69,7 +68,7 @@ def test_op(device: torch.device, either: str) -> None:
     assert torch.equal(compiled(x, weight, ids), target_logits(x, weight, ids))
 
 
-def test_many_winners_take_the_reference(device: torch.device) -> None:
+def test_many_candidates_take_the_reference(device: torch.device) -> None:
     """Where `head_stats` runs its reference, so does the target's logit, with its slack."""
     x, weight = torch.randn(4, 16, device=device), torch.randn(100, 16, device=device)
     ids = torch.arange(4, device=device)

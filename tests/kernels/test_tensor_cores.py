@@ -1,4 +1,4 @@
-"""What holds although tensor cores truncate their sums: winners, ranks and ties of the head.
+"""What holds although tensor cores truncate their sums: top-k, ranks and ties of the head.
 
 On a GPU these run on its own tensor cores, elsewhere on those of `interpreter.py`.
 """
@@ -13,13 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlens.kernels import head_cut
-from shardlens.kernels.dispatch import implementation
-from shardlens.kernels.head_stats import head_stats
-from shardlens.kernels.head_stats_reference import HeadStats, Target, head_stats_reference
+from shardlens.kernels import (
+    RowStats,
+    Target,
+    head_cut,
+    head_stats,
+    head_stats_reference,
+    implementation,
+    target_logits,
+    target_logits_reference,
+)
 from shardlens.kernels.launch import Chip, Config
 from shardlens.kernels.rounding import tensor_core_slack
-from shardlens.kernels.target_logits import target_logits, target_logits_reference
 from shardlens.kernels.triton_shim import tl, triton
 
 module = import_module("shardlens.kernels.head_stats")  # the package gives the function that name
@@ -57,37 +62,37 @@ def problem(n_rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
     return x.to(device, dtype), weight.to(device, dtype)
 
 
-def ask(x: Tensor, weight: Tensor, ids: Tensor, scale: Tensor | None) -> tuple[HeadStats, Target]:
+def ask(x: Tensor, weight: Tensor, ids: Tensor, scale: Tensor | None) -> tuple[RowStats, Target]:
     logits, slack = target_logits(x, weight, ids, first_id=FIRST_ID, k=K).unbind(-1)
     target = Target(ids, logits if scale is None else logits * scale, slack)
     stats = head_stats(x, weight, k=K, first_id=FIRST_ID, target=target, scale=scale)
-    return stats, target
+    return stats.rows, target
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_targets_rank_is_its_place(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_targets_rank_is_its_position(dtype: torch.dtype, device: torch.device) -> None:
     """A target has the bits of its own streamed logit: it ties with its twins and with itself."""
     x, weight = problem(16, dtype, device)
     scale = torch.rand(16, device=device) + 0.5
     with implementation("triton"):
-        winners = head_stats(x, weight, k=K, first_id=FIRST_ID, scale=scale)
+        best = head_stats(x, weight, k=K, first_id=FIRST_ID, scale=scale).rows
         differ = 0
-        for place in (0, 3, 7):
-            ids = winners.ids[:, place]
+        for rank in (0, 3, 7):
+            ids = best.token_ids[:, rank]
             stats, target = ask(x, weight, ids, scale)
             assert (target.slack == 0).all()
-            assert torch.equal(target.logits, winners.values[:, place])
-            assert torch.equal(stats.target_logit, winners.values[:, place])
-            assert (stats.above == place).all()
+            assert torch.equal(target.logits, best.logits[:, rank])
+            assert torch.equal(stats.target_logit, best.logits[:, rank])
+            assert (stats.target_rank == rank).all()
             plain = target_logits_reference(x, weight, ids, first_id=FIRST_ID)[:, 0] * scale
             differ += int((plain != target.logits).sum())
     assert differ > 24  # of 48: a product of its own would have other bits
     for first, second in list(TWINS.items())[:2]:
         both = torch.tensor([[first], [second]], device=device) + FIRST_ID
         with implementation("triton"):
-            (one, _), (other, _) = (ask(x, weight, ids.expand(16), None) for ids in both)
-        assert torch.equal(one.target_logit, other.target_logit)
-        assert torch.equal(other.above, one.above + 1)
+            (lower, _), (higher, _) = (ask(x, weight, ids.expand(16), None) for ids in both)
+        assert torch.equal(lower.target_logit, higher.target_logit)
+        assert torch.equal(higher.target_rank, lower.target_rank + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -95,14 +100,14 @@ def test_what_a_chain_loses(dtype: torch.dtype, device: torch.device) -> None:
     """Logits miss float64 by no more than the slack says, and by more than rounding would."""
     x, weight = problem(16, dtype, device)
     with implementation("triton"):
-        stats = head_stats(x, weight, k=K)
+        stats = head_stats(x, weight, k=K).rows
     exact = (x.double() @ weight.double().T).sort(dim=-1, descending=True, stable=True)
-    assert torch.equal(stats.ids[:, 0], exact.indices[:, 0])
+    assert torch.equal(stats.token_ids[:, 0], exact.indices[:, 0])
     best, largest = exact.values[:, :K], exact.values[:, :1]
-    lost = ((best - stats.values) / largest).max().item()
+    lost = ((best - stats.logits) / largest).max().item()
     assert 0 < lost <= tensor_core_slack(D, dtype)
-    plain = head_stats_reference(x.float(), weight.float(), k=K)
-    rounded = ((plain.values - best) / largest).abs().max().item()
+    plain = head_stats_reference(x.float(), weight.float(), k=K).rows
+    rounded = ((plain.logits - best) / largest).abs().max().item()
     assert rounded < lost / 3 or device.type == "cuda"  # else the slack would not be needed
 
 
@@ -113,7 +118,7 @@ def test_configurations_agree_to_the_bit(
     """Whichever of the configurations a timing chooses, nothing that is said changes."""
     x, weight = problem(n_rows, torch.bfloat16, device)
     ids = torch.arange(n_rows, device=device) % V + FIRST_ID
-    found: list[HeadStats] = []
+    found: list[RowStats] = []
 
     def with_each(key: Any, device: Any, configs: Sequence[Config], run: Any) -> Config:
         offered = list(configs)

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from oracles import FAMILIES, hf_model, save
+from running import continued
 from tolerances import EFFECT, LOGITS_RELATIVE
 from torch import Tensor
 
-from shardlens.engine.generation import generate_tokens
-from shardlens.engine.sampling import Sampling
 from shardlens.kernels.dispatch import implementation
 from shardlens.model import ModelConfig, Transformer, load_weights
 from shardlens.model.source import read_config
@@ -89,15 +88,7 @@ def test_greedy_text(case: Case, ranks: int, run_ranks: Any) -> None:
         expected.append(ids[0].tolist())
 
     def body(parallel: TensorParallel) -> list[list[int]]:
-        sequences = [list(prompt) for prompt in prompts]
-        generate_tokens(
-            case.load(parallel),
-            sequences,
-            max_new_tokens=20,
-            samplings=[Sampling()] * 2,
-            prefill_chunk=8,
-        )
-        return sequences
+        return continued(case.load(parallel), prompts, 20, prefill_chunk=8)
 
     for sequences in run_ranks(ranks, body):
         assert sequences == expected
@@ -115,8 +106,8 @@ def test_on_kernels(
     prompts = [token_ids[0, :3].tolist(), token_ids[1, :6].tolist()]
 
     def body(parallel: TensorParallel) -> tuple[dict[str, Tensor], list[list[int]]]:
-        model, sequences = case.load(parallel).to(device), [list(prompt) for prompt in prompts]
-        generate_tokens(model, sequences, max_new_tokens=3, samplings=[Sampling()] * 2)
+        model = case.load(parallel).to(device)
+        sequences = continued(model, prompts, 3)
         return all_passes(model, token_ids.to(device)), sequences
 
     with implementation("reference"):

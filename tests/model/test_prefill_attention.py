@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles import SMALL
+from running import continued
 from tolerances import EFFECT, PASSES
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
-from shardlens.engine.generation import generate_tokens
-from shardlens.engine.sampling import Sampling
 from shardlens.model import ModelConfig, Transformer, init_weights
 
 PROMPTS = [list(range(3, 40)), [7], list(range(50, 61)), list(range(100, 133))]
@@ -63,23 +63,22 @@ def feed(model: Transformer, lengths: list[int], parts: list[list[list[int]]], s
 
 def test_a_chunk_has_no_mask(model: Transformer) -> None:
     """In every chunk and layer the lower right triangle, whose size is all that is said."""
-    sequences = [list(prompt) for prompt in PROMPTS]
     with Masks() as masks:
-        generate_tokens(
-            model, sequences, max_new_tokens=2, samplings=[Sampling()] * 4, prefill_chunk=CHUNK
-        )
-    assert len(masks.seen) == 5 * 3  # of 37 positions, in 3 layers
+        together = continued(model, PROMPTS, 2, prefill_chunk=CHUNK)
+    fed = [len(prompt) - 1 for prompt in PROMPTS]  # the last token is a step's
+    ends = [(min(n, start + CHUNK), start) for n in fed for start in range(0, n, CHUNK)]
+    chunks = [(end, start) for end, start in ends if end - start > 1]
+    assert len(masks.seen) == len(chunks) * 3  # layers
     kv_heads = model.config.n_kv_heads
-    for number, (mask, q, k) in enumerate(masks.seen):
+    for (end, start), (mask, q, k) in zip(
+        [chunk for chunk in chunks for _ in range(3)], masks.seen, strict=True
+    ):
         assert isinstance(mask, CausalBias) and mask.variant == CausalVariant.LOWER_RIGHT
-        end = min(len(PROMPTS[0]), CHUNK * (number // 3 + 1))
-        assert (mask.seq_len_q, mask.seq_len_kv) == (end - CHUNK * (number // 3), end)
-        assert q.shape[:2] == k.shape[:2] == (4 * kv_heads, 4 // kv_heads)
+        assert (mask.seq_len_q, mask.seq_len_kv) == (end - start, end)
+        assert q.shape[:2] == k.shape[:2] == (kv_heads, 4 // kv_heads)
         assert k.stride(1) == 0 or k.shape[1] == 1  # keys are shared by their queries, not copied
-    for prompt, sequence in zip(PROMPTS, sequences, strict=True):
-        alone = [list(prompt)]
-        generate_tokens(model, alone, max_new_tokens=2, samplings=[Sampling()], prefill_chunk=64)
-        assert sequence == alone[0]
+    for prompt, sequence in zip(PROMPTS, together, strict=True):
+        assert sequence == continued(model, [prompt], 2, prefill_chunk=64)[0]
 
 
 def test_with_a_start_as_without(model: Transformer) -> None:
@@ -107,7 +106,7 @@ def test_requests_of_different_lengths(model: Transformer) -> None:
         alone.lengths.fill_(length)
         alone.longest = length
         for start in (None, length):
-            own = alone.first(1)
+            own = copy.copy(alone)
             own.lengths = alone.lengths.clone()
             out = model(torch.tensor([part[request]]), cache=own, start=start)
             assert (out[0] - together[request]).abs().max() <= PASSES

@@ -81,8 +81,8 @@ def test_random_weights_are_the_same_at_every_rank_count(checkpoint: Path, run_r
 
 
 def test_dtype_is_the_checkpoints_or_the_callers(tmp_path: Path, stories: Path) -> None:
-    assert shardlens.load(stories)[0].dtype == torch.float32
-    model, _ = shardlens.load(stories, dtype=torch.bfloat16)
+    assert shardlens.load(stories).model.dtype == torch.float32
+    model = shardlens.load(stories, dtype=torch.bfloat16).model
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     assert model.head.weight is model.embed.weight
 
@@ -176,7 +176,7 @@ def test_hub_id_is_downloaded_whole(monkeypatch: pytest.MonkeyPatch, stories: Pa
         return str(stories)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    model, _ = shardlens.load("someone/stories-260K")
+    model = shardlens.load("someone/stories-260K").model
     assert asked[0][0] == "someone/stories-260K"
     assert {"*.safetensors", "*.json", "*.model"} <= set(asked[0][1])
     assert model.config.n_layers == 5

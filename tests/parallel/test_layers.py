@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import SMALL
 from tolerances import EFFECT, GRADIENT_RELATIVE
 from torch import Tensor
 
-from shardlens.parallel.collectives import agreed, all_gather, all_reduce
-from shardlens.parallel.group import TensorParallel
-from shardlens.parallel.linear import ColumnLinear, RowLinear
-from shardlens.parallel.spans import split_even, split_heads, split_kv_heads, split_vocab
-from shardlens.parallel.vocab import VocabEmbedding
+from shardlens.model import ModelConfig, Transformer, init_weights
+from shardlens.parallel import (
+    ColumnLinear,
+    RowLinear,
+    TensorParallel,
+    VocabEmbedding,
+    VocabHead,
+    agreed,
+    all_gather,
+    all_reduce,
+    split_even,
+    split_heads,
+    split_kv_heads,
+    split_vocab,
+)
 
+TIED = {"tie_word_embeddings": True}
 IN, MID, OUT, VOCAB = 12, 23, 9, 31  # no rank count above 1 divides MID or VOCAB
 
 
@@ -77,13 +92,75 @@ def test_column_without_its_backward_sum_would_show(run_ranks: Any) -> None:
     def body(parallel: TensorParallel) -> Tensor:
         layer = ColumnLinear(IN, 4, bias=False, parallel=parallel)
         layer.weight.data.copy_(weight.chunk(2)[parallel.rank])
-        own = x.clone().requires_grad_()
-        layer(own).sum().backward()
-        assert own.grad is not None
-        return own.grad
+        leaf = x.clone().requires_grad_()
+        layer(leaf).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
 
     for grad in run_ranks(2, body):
         assert relative(grad - whole, whole) <= GRADIENT_RELATIVE
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_head_gives_the_logits_of_its_ids(ranks: int, run_ranks: Any) -> None:
+    """Values, and gradients to the states (summed over ranks) and to the weight."""
+    weight, x, scale = torch.randn(VOCAB, IN), torch.randn(3, 5, IN), torch.randn(3, 5, VOCAB)
+    logits = x @ weight.T
+    d_x, d_weight = scale @ weight, scale.flatten(0, 1).T @ x.flatten(0, 1)
+
+    def body(parallel: TensorParallel) -> float:
+        vocab = split_vocab(VOCAB, parallel.rank, parallel.size)
+        ids = slice(vocab.start, vocab.stop)
+        head = VocabHead(vocab, IN, parallel=parallel)
+        head.weight.data.fill_(torch.nan)[: vocab.size] = weight[ids]
+        leaf = x.clone().requires_grad_()
+        out = head(leaf)
+        assert out.shape == (3, 5, vocab.size)
+        (out * scale[..., ids]).sum().backward()
+        assert leaf.grad is not None and head.weight.grad is not None
+        assert (head.weight.grad[vocab.size :] == 0).all()
+        if ranks > 1:
+            alone = (scale[..., ids] @ weight[ids] - d_x).abs().max() / d_x.abs().max()
+            assert alone > EFFECT * GRADIENT_RELATIVE
+        pairs = [
+            (out, logits[..., ids]),
+            (leaf.grad, d_x),
+            (head.weight.grad[: vocab.size], d_weight[ids]),
+        ]
+        return max(relative(got - wanted, wanted) for got, wanted in pairs)
+
+    assert max(run_ranks(ranks, body)) <= GRADIENT_RELATIVE
+
+
+def test_a_copied_model_shares_its_ranks(run_ranks: Any) -> None:
+    """copy.deepcopy on ranks, as for a moving average of the weights; tied weights stay tied."""
+    config = ModelConfig.from_hf(SMALL | {"architectures": ["LlamaForCausalLM"]} | TIED)
+    ids = torch.arange(3, 12)[None]
+
+    def body(parallel: TensorParallel) -> None:
+        model = Transformer(config, parallel=parallel)
+        init_weights(model)
+        copied = copy.deepcopy(model)
+        assert copied.parallel is parallel and copied.head.weight is copied.embed.weight
+        before = model(ids)
+        assert torch.equal(copied(ids), before)
+        once = parallel.traffic.calls["all_reduce"]
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(1.5)
+        assert not torch.allclose(copied(ids), before)
+        assert torch.equal(model(ids), before)
+        assert parallel.traffic.calls["all_reduce"] == 2 * once
+
+    run_ranks(2, body)
+
+
+def test_a_model_loads_no_tokenizer_library() -> None:
+    program = "import sys; from shardlens.model import Transformer; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    loaded = set(ran.stdout.split())
+    assert "shardlens.model.transformer" in loaded, ran.stderr
+    assert not loaded & {"tiktoken", "sentencepiece", "jinja2", "tokenizers"}
 
 
 @pytest.mark.parametrize("full, size", [(10, 1), (10, 3), (2, 4), (0, 2), (509, 4)])

@@ -1,23 +1,30 @@
-"""Programs that end with all that they started: each runs in a session of its own."""
+"""Programs that a benchmark starts: groups that end with all that they started, and ranks."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 # From the root, kernels/ would hide the package of that name that transformers looks for.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
-GRACE_SECONDS = 8.0  # to write down what is known, once a program is told to end
+GRACE_SECONDS = 8.0  # to write down what is known, once a program is asked to end
 POLL_SECONDS = 0.1
+# A rank's own error, which stands before torch.distributed.run's account of it.
+RANK_ERROR = re.compile(r"^(?:\[rank\d+\]: )?(\w*Error: .*)", re.MULTILINE)
 
 
 class Group:
@@ -58,7 +65,7 @@ class Group:
             end([self], polite)
 
     def lines(self) -> list[str]:
-        """What it logged."""
+        """The lines that it logged."""
         assert self.log is not None
         return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
 
@@ -68,7 +75,7 @@ class Group:
 
 
 def end(groups: Iterable[Group], polite: signal.Signals = signal.SIGTERM) -> None:
-    """End those that still run: told first, so that they leave their results, then killed."""
+    """End those that still run: asked first, so that they leave their results, then killed."""
     running = [group for group in groups if group.code() is None]
     for group in running:
         group._send(polite)
@@ -81,7 +88,7 @@ def end(groups: Iterable[Group], polite: signal.Signals = signal.SIGTERM) -> Non
 
 
 def exit_on_sigterm() -> None:
-    """Let `finally` and `with` blocks run when this process is told to end."""
+    """Let `finally` and `with` blocks run when this process is asked to end."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
@@ -94,3 +101,28 @@ def ended(code: int | None) -> str:
     if code is None:
         return "out of time"
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def on_ranks(ranks: int, module: str, words: list[str], threads: int) -> Any:
+    """The result of `python -m MODULE WORDS --out FILE` on so many ranks of so many threads.
+
+    Raises ValueError with the first error that a rank printed where one fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(ranks), "-m", module, *words, "--out", str(out)]
+        environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if run.returncode:
+            error = RANK_ERROR.search(run.stderr)
+            raise ValueError(f"{ranks} ranks failed: {error[1] if error else 'no message'}")
+        return json.loads(out.read_text())
+
+
+def hand_over(result: Any, out: Path) -> None:
+    """The end of such a module: the first rank writes what it found, and all leave the group."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        out.write_text(json.dumps(result))
+    if dist.is_initialized():
+        dist.destroy_process_group()

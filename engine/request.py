@@ -1,0 +1,120 @@
+"""What is asked of a model for one text, and what has become of it so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ..model.config import ModelConfig
+from .lens_rows import LensRecord
+from .lens_spec import LensSpec
+from .sampling import GREEDY, Sampling
+from .steering import Steering
+
+Prompt = str | Sequence[int] | Tensor
+FinishReason = Literal["stop", "length"]
+
+# (number of the request, token id) as soon as a token is known on the host
+OnToken = Callable[[int, int], None]
+# (positions fed to the model so far, the most there can be)
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One text to continue, and how.
+
+    prompt: token ids, as a sequence or a [T] tensor; a `LanguageModel` takes text, too.
+    max_new_tokens: 0 to read the prompt alone. sampling: greedy by default. steering: edits, which
+    act one after another where they meet. lens: what to read on the way, if anything. stop_ids:
+    tokens that end the text and are kept; default the model's own end tokens.
+    """
+
+    prompt: Prompt
+    max_new_tokens: int = 64
+    sampling: Sampling = GREEDY
+    steering: Sequence[Steering] = ()
+    lens: LensSpec | None = None
+    stop_ids: Collection[int] | None = None
+
+
+class Generation:
+    """A request on its way through the engine.
+
+    number: its index in the call. prompt: its token ids. tokens: those chosen so far.
+    finish_reason: "stop" after a stop token, "length" after max_new_tokens, None before either.
+    record: what its lens read.
+    """
+
+    def __init__(self, number: int, request: Request, config: ModelConfig) -> None:
+        self.number, self.request, self.config = number, request, config
+        self.prompt = _ids(request.prompt)
+        self.max_new_tokens = request.max_new_tokens
+        stop_ids = config.eos_token_ids if request.stop_ids is None else request.stop_ids
+        self.stop_ids = frozenset(stop_ids)
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.record: LensRecord | None = None
+        if request.lens is not None:
+            request.lens.check(config)
+            self.record = LensRecord(request.lens, config)
+        self.n_launched = 0  # steps that choose a token of it
+        # the last state of the prompt [1, P, d], if its lens waits for the first new token
+        self.held_state: Tensor | None = None
+
+    def check(self, name: str) -> None:
+        """Raise ValueError for whatever the model cannot do, naming the request by `name`."""
+        check_prompt(self.prompt, self.max_new_tokens, self.config, name)
+        for steering in self.request.steering:
+            steering.check(self.config)
+
+    @property
+    def n_cached(self) -> int:
+        """Positions in the cache before the next step, which feeds the token after them."""
+        return len(self.prompt) - 1 + self.n_launched
+
+    def token_at(self, position: int) -> int:
+        """The token at a position of the text; -1 where there is none yet."""
+        if position < len(self.prompt):
+            return self.prompt[position]
+        at = position - len(self.prompt)
+        return self.tokens[at] if at < len(self.tokens) else -1
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        if token in self.stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.max_new_tokens:
+            self.finish_reason = "length"
+
+
+def check_prompt(
+    prompt: Sequence[int], max_new_tokens: int, config: ModelConfig, name: str = "the prompt"
+) -> None:
+    """Raise ValueError for a prompt that is empty, too long, or not of this vocabulary."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens} is below 0")
+    if not prompt:
+        raise ValueError(f"{name} is empty: give at least one token")
+    outside = [token for token in prompt if not 0 <= token < config.vocab_size]
+    if outside:
+        raise ValueError(
+            f"{name} holds token id {outside[0]}, outside the vocabulary of {config.vocab_size}"
+        )
+    if len(prompt) + max_new_tokens > config.context:
+        raise ValueError(
+            f"{name} has {len(prompt)} tokens; with {max_new_tokens} new ones that exceeds "
+            f"the model's context of {config.context}"
+        )
+
+
+def _ids(prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        raise ValueError("the engine takes token ids: give text to a LanguageModel")
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    if ids and not isinstance(ids[0], int):
+        raise ValueError("token ids of one text are a flat sequence of integers")
+    return ids

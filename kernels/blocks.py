@@ -1,0 +1,27 @@
+"""How much the head looks at together: block sizes that its kernels work by and `plan` counts by.
+
+Nothing here needs torch, so that a plan can be made without it.
+"""
+
+from __future__ import annotations
+
+# The reference, which runs on CPUs. Many rows share each reading (and conversion) of a block of W.
+# Logits of 1 MiB stay in cache: of 2 MiB they take the same time and more memory, of 0.5 MiB more
+# time. Few rows would have blocks of many ids, which only weights that are widened forbid.
+HEAD_ROWS = 512
+HEAD_LOGITS = 2**18
+HEAD_FEW_ROWS, HEAD_FEW_ROWS_LOGITS = 32, 2**19  # a decode step's short passes: fewer of them
+WIDENED_IDS = 2048
+HEAD_SPAN_IDS = 512  # summed together; blocks are whole spans
+
+# The kernel. A tile of logits has so many rows at least and at most, and goes through memory in
+# so many ids at a time, or half of a tile that holds more than the largest of these.
+HEAD_LEAST_ROWS, HEAD_TILE_ROWS = 16, 128
+HEAD_TILE_IDS = 128
+HEAD_ROW_BYTES = 4 * HEAD_TILE_IDS
+# Registers hold no more programs per processor. Where there are two, their tiles are half as large.
+PROGRAMS_PER_PROCESSOR = 2
+MOST_PROCESSORS = 148  # B200
+HEAD_PROGRAMS = PROGRAMS_PER_PROCESSOR * MOST_PROCESSORS
+HEAD_TILE_BYTES = HEAD_ROW_BYTES * HEAD_TILE_ROWS // PROGRAMS_PER_PROCESSOR
+HEAD_MOST_SHARES = 48  # of the vocabulary, where tiles of rows are many: see `head_cut.cut`

@@ -1,0 +1,360 @@
+"""A model and its tokenizer together: what a user loads and asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeVar, overload
+
+import torch
+from torch import Tensor
+
+from .engine.engine import Engine
+from .engine.lens_spec import LensSpec
+from .engine.request import FinishReason, Generation, OnProgress, OnToken, Prompt, Request
+from .engine.sampling import GREEDY, Sampling
+from .engine.steering import Steering
+from .engine.vectors import SteeringVectors
+from .interp.extract import extract
+from .interp.pairs import Pair
+from .interp.prompts import PromptForm
+from .interp.report import SteerabilityReport
+from .interp.slopes import MULTIPLIERS
+from .interp.steerability import steerability
+from .interp.trace import Trace
+from .model.load import load_model
+from .model.points import Layers
+from .model.source import find_model, read_config
+from .model.transformer import Transformer
+from .parallel.collectives import agreed
+from .parallel.group import TensorParallel
+from .tokenizer.tokenizer import Tokenizer
+
+# (number of the prompt, a Trace of its newly read positions)
+OnLens = Callable[[int, Trace], None]
+Answer = TypeVar("Answer")
+
+
+@dataclass
+class Result:
+    """The continuation of one prompt.
+
+    token_ids: the new tokens. text: theirs, None where there is no tokenizer. finish_reason: "stop"
+    after a stop token, "length" after max_new_tokens. trace: what the lens read, if one was asked
+    for and not streamed.
+    """
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: FinishReason | None
+    trace: Trace | None = None
+
+
+class LanguageModel:
+    """A model to read, steer and continue texts with. See `shardlens.load`.
+
+    model: an nn.Module, which holds this rank's weights. tokenizer: None where prompts are token
+    ids. Under several ranks, every rank makes the same calls and gets the same answers.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None) -> None:
+        self.model = model
+        self._tokenizer = tokenizer
+        self._engine = Engine(model)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to token ids and back. Raises ValueError for a model that came without one."""
+        if self._tokenizer is None:
+            raise ValueError("the model has no tokenizer: give token ids instead of text")
+        return self._tokenizer
+
+    @overload
+    def lens(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        *,
+        points: Sequence[str] = ...,
+        layers: Layers = ...,
+        top_k: int = ...,
+        targets: Literal["next"] | str | int | None = ...,
+        positions: str = ...,
+        steering: Sequence[Steering] = ...,
+        max_batch: int | None = ...,
+        on_progress: OnProgress | None = ...,
+    ) -> Trace: ...
+
+    @overload
+    def lens(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor],
+        *,
+        points: Sequence[str] = ...,
+        layers: Layers = ...,
+        top_k: int = ...,
+        targets: Literal["next"] | str | int | None = ...,
+        positions: str = ...,
+        steering: Sequence[Steering] = ...,
+        max_batch: int | None = ...,
+        on_progress: OnProgress | None = ...,
+    ) -> list[Trace]: ...
+
+    def lens(
+        self,
+        prompt: Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor],
+        *,
+        points: Sequence[str] = ("resid_post",),
+        layers: Layers = "all",
+        top_k: int = 5,
+        targets: Literal["next"] | str | int | None = "next",
+        positions: str = "all",
+        steering: Sequence[Steering] = (),
+        max_batch: int | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Trace | list[Trace]:
+        """What each layer would have predicted at each position of a text.
+
+        prompt: text or token ids of one text, which gives one trace, or a list of them, which
+        gives a list. steering: edits to read the model under. targets: "next", a token id, or the
+        text of one token. The others are those of `LensSpec`. Raises ValueError for an empty or
+        too long text and for points, layers or targets the model does not have.
+        """
+        if isinstance(targets, str) and targets != "next":
+            targets = self.tokenizer.single_token(targets)
+        spec = LensSpec(points, layers, top_k, targets, positions)
+        prompts, is_one = _prompts(prompt)
+        requests = [Request(each, 0, steering=steering, lens=spec) for each in prompts]
+        results = self._run(requests, max_batch=max_batch, on_progress=on_progress)
+        traces = [result.trace for result in results if result.trace is not None]
+        return traces[0] if is_one else traces
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Tensor | Request,
+        *,
+        max_new_tokens: int = ...,
+        sampling: Sampling = ...,
+        lens: LensSpec | None = ...,
+        steering: Sequence[Steering] = ...,
+        stop_ids: Collection[int] | None = ...,
+        max_batch: int | None = ...,
+        on_token: OnToken | None = ...,
+        on_lens: OnLens | None = ...,
+        on_progress: OnProgress | None = ...,
+        capture: bool = ...,
+    ) -> Result: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[Request],
+        *,
+        max_new_tokens: int = ...,
+        sampling: Sampling = ...,
+        lens: LensSpec | None = ...,
+        steering: Sequence[Steering] = ...,
+        stop_ids: Collection[int] | None = ...,
+        max_batch: int | None = ...,
+        on_token: OnToken | None = ...,
+        on_lens: OnLens | None = ...,
+        on_progress: OnProgress | None = ...,
+        capture: bool = ...,
+    ) -> list[Result]: ...
+
+    def generate(
+        self,
+        prompt: Prompt
+        | Request
+        | Sequence[str]
+        | Sequence[Sequence[int]]
+        | Sequence[Tensor]
+        | Sequence[Request],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+        lens: LensSpec | None = None,
+        steering: Sequence[Steering] = (),
+        stop_ids: Collection[int] | None = None,
+        max_batch: int | None = None,
+        on_token: OnToken | None = None,
+        on_lens: OnLens | None = None,
+        on_progress: OnProgress | None = None,
+        capture: bool = True,
+    ) -> Result | list[Result]:
+        """Continue one prompt, which gives one result, or a list of them, which gives a list.
+
+        A prompt is text, token ids, or a `Request`, which has settings of its own: then
+        max_new_tokens, sampling, lens, steering and stop_ids, which are for all prompts (see
+        `Request`), do not count. Prompts with equal seeds share their noise. max_batch: most
+        prompts that run at once, default as many as fit the memory; the others wait for a free
+        slot, and no result depends on which one it gets or on who is beside it.
+
+        on_token(number of the prompt, id) is called as soon as a token is known, on_progress(
+        positions fed, most) after every forward pass. on_lens(number, piece) is called with a Trace
+        of each newly read position or block of positions; what is handed over is not kept, so that
+        memory stays flat however long the text, and the results have no trace. The last new token
+        is not fed back to the model, so a lens ends at the position before it. On CUDA, decode
+        steps are captured as graphs unless capture is off. Raises ValueError for an empty prompt,
+        one that with max_new_tokens exceeds the context, and edits that do not fit the model.
+        """
+        prompts, is_one = _prompts(prompt)
+        requests = [
+            each
+            if isinstance(each, Request)
+            else Request(each, max_new_tokens, sampling, steering, lens, stop_ids)
+            for each in prompts
+        ]
+        if on_lens is not None and all(request.lens is None for request in requests):
+            raise ValueError("on_lens is given, but no lens")
+        results = self._run(
+            requests,
+            max_batch=max_batch,
+            on_token=on_token,
+            on_lens=on_lens,
+            on_progress=on_progress,
+            capture=capture,
+        )
+        return results[0] if is_one else results
+
+    def extract(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        point: str | Sequence[str] = "resid_post",
+        layers: Layers = "all",
+        method: str = "mean_diff",
+        at: str = "label",
+        contrast: tuple[str, str] | None = None,
+        form: PromptForm | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> SteeringVectors:
+        """Steering vectors from pairs of answers: see `shardlens.interp.extract`."""
+        return extract(
+            self.model,
+            self.tokenizer,
+            pairs,
+            point=point,
+            layers=layers,
+            method=method,
+            at=at,
+            contrast=contrast,
+            form=form,
+            on_progress=on_progress,
+        )
+
+    def steerability(
+        self,
+        pairs: Sequence[Pair],
+        vectors: SteeringVectors,
+        *,
+        multipliers: Sequence[float] = MULTIPLIERS,
+        protocol: str = "paper",
+        point: str | None = None,
+        layers: Layers = "all",
+        unit: str = "vector",
+        form: PromptForm | None = None,
+        seed: int = 0,
+        on_progress: OnProgress | None = None,
+    ) -> SteerabilityReport:
+        """How far answers follow the vectors: see `shardlens.interp.steerability`."""
+        return steerability(
+            self.model,
+            self.tokenizer,
+            pairs,
+            vectors,
+            multipliers=multipliers,
+            protocol=protocol,
+            point=point,
+            layers=layers,
+            unit=unit,
+            form=form,
+            seed=seed,
+            on_progress=on_progress,
+        )
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_batch: int | None,
+        on_token: OnToken | None = None,
+        on_lens: OnLens | None = None,
+        on_progress: OnProgress | None = None,
+        capture: bool = True,
+    ) -> list[Result]:
+        def on_rows(
+            generation: Generation, positions: list[int], targets: list[int], rows: Tensor
+        ) -> None:
+            assert on_lens is not None and generation.record is not None
+            taps = generation.record.taps
+            on_lens(generation.number, Trace.from_rows(taps, positions, targets, rows))
+
+        generations = self._engine.run(
+            [self._encoded(request) for request in requests],
+            max_batch=max_batch,
+            on_token=on_token,
+            on_rows=None if on_lens is None else on_rows,
+            on_progress=on_progress,
+            capture=capture,
+        )
+        return [self._result(generation, has_trace=on_lens is None) for generation in generations]
+
+    def _encoded(self, request: Request) -> Request:
+        if not isinstance(request.prompt, str):
+            return request
+        return replace(request, prompt=self.tokenizer.encode(request.prompt))
+
+    def _result(self, generation: Generation, *, has_trace: bool) -> Result:
+        text, trace = None, None
+        if generation.record is not None and has_trace:
+            trace = Trace.from_record(generation.record)
+            trace.input_ids = [*generation.prompt, *generation.tokens]
+        if self._tokenizer is not None:
+            stream = self._tokenizer.stream()
+            text = "".join(map(stream.push, generation.tokens)) + stream.flush()
+            if trace is not None:
+                trace.name_tokens(self._tokenizer.token_text)
+        return Result(generation.tokens, text, generation.finish_reason, trace)
+
+
+def load(
+    source: str | Path,
+    *,
+    parallel: TensorParallel | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    on_progress: OnProgress | None = None,
+) -> LanguageModel:
+    """The model and tokenizer of `source`, this rank's share of it.
+
+    source: "demo", a directory in Hugging Face layout, or a hub id such as "Qwen/Qwen3-4B".
+    parallel: the ranks that share the model, default this process alone. dtype: default the
+    checkpoint's. device: default this rank's CUDA device where there is one. on_progress(done,
+    total) counts parameters filled. If any rank fails, every rank raises: ValueError for whatever
+    is wrong with the files.
+    """
+    parallel = parallel if parallel is not None else TensorParallel.single()
+    directory = find_model(source, parallel)
+    with agreed(parallel):
+        config = read_config(directory)
+        tokenizer = Tokenizer.from_directory(directory)
+    model = load_model(
+        directory, config, parallel=parallel, dtype=dtype, device=device, on_progress=on_progress
+    )
+    return LanguageModel(model, tokenizer)
+
+
+def _prompts(given: object) -> tuple[list, bool]:  # type: ignore[type-arg]
+    """The prompts of a call, and whether it was given one and not a list."""
+    if isinstance(given, str | Request | Tensor):
+        return [given], True
+    if not isinstance(given, Sequence):
+        raise ValueError(
+            f"a prompt of type {type(given).__name__}: give text, token ids or a Request, "
+            "or a list of them"
+        )
+    if not given or isinstance(given[0], int):
+        return [given], True
+    return list(given), False

@@ -1,0 +1,70 @@
+"""The options that the verbs of `shardlens steer` share, as the library takes them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .engine.steering import DEFAULT_POINT
+from .interp.directions import METHODS
+from .interp.extract import AT, Extraction
+from .interp.labels import PromptForm
+from .model.points import POINTS, Layers
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSONL or JSON: question and two answers, or positive and negative texts",
+    )
+    parser.add_argument("--chat", action="store_true", help="questions are a user's chat messages")
+    parser.add_argument(
+        "--answer-prefix",
+        default=PromptForm().answer_prefix,
+        metavar="TEXT",
+        help="text between question and answer outside a chat (default: a line 'Answer:')",
+    )
+
+
+def form_of(arguments: argparse.Namespace) -> PromptForm:
+    # a shell has no easy way to write a line break
+    prefix = arguments.answer_prefix.replace("\\n", "\n")
+    return PromptForm(chat=arguments.chat, answer_prefix=prefix)
+
+
+def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
+    add_tap_arguments(parser)
+    parser.add_argument("--method", choices=METHODS, default="mean_diff")
+    parser.add_argument(
+        "--at", choices=AT, help="which state stands for an answer (default: the label's)"
+    )
+    parser.add_argument(
+        "--contrast",
+        nargs=2,
+        metavar=("TEXT", "TEXT"),
+        help="instead of answers compare questions after two texts, the matching one first",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+
+
+def add_tap_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", default="all", help="all, or e.g. 0-3,8,-1 (default: all)")
+    parser.add_argument("--point", help=f"of {', '.join(POINTS)}")
+
+
+def extraction_of(arguments: argparse.Namespace, layers: Layers) -> Extraction:
+    """The extraction that the arguments of `add_extraction_arguments` describe. ValueError."""
+    if arguments.contrast is not None and arguments.at is not None:
+        raise ValueError(
+            "--at chooses a state of answers, which --contrast does not compare: give one of them"
+        )
+    return Extraction(
+        point=(arguments.point or DEFAULT_POINT).split(","),
+        layers=layers,
+        method=arguments.method,
+        at=arguments.at or "label",
+        contrast=None if arguments.contrast is None else tuple(arguments.contrast),
+    )
