@@ -97,7 +97,7 @@ class TableShape:
                 n_passes[point] = max(n_passes.get(point, 0), edit.pass_index + 1)
             n_vectors = max(n_vectors, len({edit.content for edit in edits}))
             n_masks = max(n_masks, len(steerings))
-            n_alternatives = max(n_alternatives, *(1 + e.alternative for e in edits), 0)
+            n_alternatives = max(n_alternatives, len(steerings))
         if not n_passes:
             return None
         points = tuple(point for point in POINTS if point in n_passes)

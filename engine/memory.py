@@ -1,9 +1,9 @@
 """What a rank's memory is taken by, phase by phase, in bytes: the numbers behind `plan`.
 
 Legend: B requests (padded to a bucket where a decode step is captured), S positions of context, T
-positions of a prefill chunk, which is of one request, N = T rows of it, P states read by a lens at a position, R = 64 P
-rows that share a reading of the head, d hidden size, b bytes a number; H, K, f, V: heads, key and
-value heads, MLP width and vocabulary of this rank; D head size. Some tensors live all along; of
+positions of a prefill chunk, which is of one request, P states read by a lens at a position, R =
+64 P rows that share a reading of the head, d hidden size, b bytes a number; H, K, f, V: heads, key
+and value heads, MLP width and vocabulary of this rank; D head size. Some tensors live all along; of
 the rest, those of one phase at a time: a prefill chunk, or a reading of the head.
 
 Each sum names the tensors that are alive at the phase's peak. On a CPU the references run, whose
@@ -144,7 +144,7 @@ def chunk_tokens(work: Workload) -> int:
 
 
 def captured_bytes(share: Share, work: Workload) -> int:
-    """A chunk's states [N P, d] on their way to the lens."""
+    """A chunk's states [T P, d] on their way to the lens."""
     positions = chunk_tokens(work) if work.reads_prompt else 1
     return positions * work.taps * share.d * work.dtype_bytes
 
@@ -206,14 +206,14 @@ def prefill_bytes(share: Share, work: Workload) -> int:
 
 
 def mlp_bytes(share: Share, work: Workload, rows: int) -> int:
-    """Five states of the residual stream; gate and up [N, 2f] and what becomes of them."""
+    """Five states of the residual stream; gate and up [T, 2f] and what becomes of them."""
     of_gate_and_up = 3 if work.device_type == "cuda" else 4
     return rows * (5 * share.d + of_gate_and_up * share.ffn) * work.dtype_bytes
 
 
 def attention_bytes(share: Share, work: Workload) -> int:
     """Four states of the residual stream; q, k, v fused, q rotated, what comes of q and its copy;
-    on CUDA the scores' log-sum-exp [N, H] in float32; on a CPU, where a chunk that is not the first
+    on CUDA the scores' log-sum-exp [T, H] in float32; on a CPU, where a chunk that is not the first
     needs a mask, which positions are seen [T, S], as bool and as numbers.
     """
     chunk = chunk_tokens(work)

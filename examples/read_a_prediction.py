@@ -14,7 +14,6 @@ prompt = sys.argv[2] if len(sys.argv) > 2 else "The capital of Norvia is"
 
 parallel = shardlens.TensorParallel.from_env()
 lm = shardlens.load(source, parallel=parallel)
-model, tokenizer = lm.model, lm.tokenizer
 trace = lm.lens(prompt, top_k=3)
 
 if parallel.rank == 0:

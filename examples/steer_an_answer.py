@@ -6,28 +6,25 @@ Under torchrun the same program runs on several ranks, and only the first prints
 """
 
 import shardlens
-from shardlens.interp.prompts import split_pairs
+from shardlens.interp import split_pairs
 from shardlens.model.source import DEMO
 
 parallel = shardlens.TensorParallel.from_env()
-model, tokenizer = shardlens.load("demo", parallel=parallel)
+lm = shardlens.load("demo", parallel=parallel)
 
 # a question with two options each; where there is no such description, leave `contrast` out and
 # the answers themselves are compared
 pairs = shardlens.read_pairs(DEMO / "dispositions-cautious-bold.jsonl")
 train, test = split_pairs(pairs, share=0.4, seed=0)
-vectors = shardlens.extract(
-    model, tokenizer, train, layers="1-3", contrast=("Anna is cautious.", "Anna is bold.")
-)
-report = shardlens.steerability(model, tokenizer, test[:40], vectors)
+contrast = ("Anna is cautious.", "Anna is bold.")
+vectors = lm.extract(train, layers="1-3", contrast=contrast)
+report = lm.steerability(test[:40], vectors)
 
 prompt = "A bear stands near the barn. Anna wants to"
 scales = (-1.0, 0.0, 1.0)
-results = shardlens.generate(
-    model,
-    [prompt] * len(scales),
-    max_new_tokens=12,
-    steering=[[shardlens.Steering(vectors, layers=[1], scale=scale)] for scale in scales],
+steerings = [shardlens.Steering(vectors, layers=[1], scale=scale) for scale in scales]
+results = lm.generate(
+    [shardlens.Request(prompt, max_new_tokens=12, steering=[steering]) for steering in steerings]
 )
 
 if parallel.rank == 0:

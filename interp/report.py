@@ -237,15 +237,15 @@ class SteerabilityReport:
         """The layers of the best tap's point."""
         point = self.taps[self.best].point
         indices = self.taps_of(point)
-        is_shown = self.suggested in self.taps and self.suggested.point == point
+        shown = [self.taps[index] for index in indices]
         return MapPlot(
             point=point,
-            layers=[self.taps[index].layer for index in indices],
+            layers=[tap.layer for tap in shown],
             multipliers=np.asarray(self.multipliers),
             means=self.curves[indices],
             reference=self.reference,
             best_row=indices.index(self.best),
-            suggested_row=indices.index(self.taps.index(self.suggested)) if is_shown else None,
+            suggested_row=shown.index(self.suggested) if self.suggested in shown else None,
         )
 
 

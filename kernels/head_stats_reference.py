@@ -124,7 +124,8 @@ class _RowBlock:
         first_id = options.first_id + low
         self._update_top_k(z, self.sums.note_maxima(z), first_id)
         if options.target is not None:
-            self.stats.target_rank.add_(_count_above(z, first_id, options.target))
+            count = _count_above(z, first_id, options.target, self.sums.scratch(z.shape))
+            self.stats.target_rank.add_(count)
             self.stats.target_logit.add_(_at_target(z, first_id, options.target))
         if options.noise is not None and options.noise.seed.numel():
             sampled = options.noise.sampled(z, options.rows_per_request)
@@ -157,12 +158,16 @@ class _RowBlock:
         )
 
 
-def _count_above(z: Tensor, first_id: int, target: Target) -> Tensor:
+def _count_above(z: Tensor, first_id: int, target: Target, scratch: Tensor) -> Tensor:
     ids = torch.arange(first_id, first_id + z.shape[1], device=z.device)
     low, high = target.logits - target.slack, target.logits + target.slack
     target_ids = target.ids[:, None]
-    beats = (z > high[:, None]) | ((z >= low[:, None]) & (ids < target_ids))
-    return (beats & (ids != target_ids)).sum(-1, dtype=torch.int32)  # a sum of bool is int64
+    beats = ids < target_ids
+    beats &= z >= low[:, None]
+    beats |= z > high[:, None]
+    beats &= ids != target_ids
+    # summed as they are they would be copied as int64; a block's count is exact in float32, too
+    return scratch.copy_(beats).sum(-1).long()
 
 
 def _at_target(z: Tensor, first_id: int, target: Target) -> Tensor:

@@ -36,7 +36,7 @@ class SpanSums:
         numbers = new(n_numbers, n_rows, _span_count(n_ids, vocab_block))
         self.max, self.sum_exp, self.sum_dev, *self.cross = numbers
         # kept, as memory that is given back after each block may have to be mapped again
-        self.scratch = new(n_rows * min(vocab_block, n_ids))
+        self._scratch = new(n_rows * min(vocab_block, n_ids))
 
     def note_maxima(self, z: Tensor) -> Tensor:
         """Maxima [r] of the next block's logits z [r, C], which `add` takes after this."""
@@ -66,7 +66,7 @@ class SpanSums:
         for cross in self.cross:
             cross[:, at] = self._gaps(z, base)
         dev = z.sub_(base[..., None])
-        exp = torch.exp(dev, out=self._scratch(dev.shape))
+        exp = torch.exp(dev, out=self.scratch(dev.shape))
         self.sum_exp[:, at] = exp.sum(-1)
         self.sum_dev[:, at] = exp.mul_(dev).sum(-1)
 
@@ -76,11 +76,12 @@ class SpanSums:
         last = requests[:, -1]
         last_base = base[self.rows_per_request - 1 :: self.rows_per_request]  # [q, n]
         weight = (last - last_base[..., None]).exp()
-        gap = torch.sub(last[:, None], requests, out=self._scratch(requests.shape))
+        gap = torch.sub(last[:, None], requests, out=self.scratch(requests.shape))
         return gap.mul_(weight[:, None]).sum(-1).flatten(0, 1)
 
-    def _scratch(self, shape: torch.Size) -> Tensor:
-        return self.scratch[: shape.numel()].view(shape)
+    def scratch(self, shape: torch.Size) -> Tensor:
+        """Room for as many numbers as a block has, until `add` is called or uses it itself."""
+        return self._scratch[: shape.numel()].view(shape)
 
     def merge_into(self, stats: RowStats) -> None:
         """Write the sums over all spans, of which there are some."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from .tokenizer.tokenizer import Tokenizer
 
 # (number of the prompt, a Trace of its newly read positions)
 OnLens = Callable[[int, Trace], None]
-Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -71,14 +70,14 @@ class LanguageModel:
         return self._tokenizer
 
     @overload
-    def lens(
+    def lens(  # type: ignore[overload-overlap]  # text is a sequence of text, and one prompt
         self,
         prompt: str | Sequence[int] | Tensor,
         *,
         points: Sequence[str] = ...,
         layers: Layers = ...,
         top_k: int = ...,
-        targets: Literal["next"] | str | int | None = ...,
+        targets: str | int | None = ...,
         positions: str = ...,
         steering: Sequence[Steering] = ...,
         max_batch: int | None = ...,
@@ -93,7 +92,7 @@ class LanguageModel:
         points: Sequence[str] = ...,
         layers: Layers = ...,
         top_k: int = ...,
-        targets: Literal["next"] | str | int | None = ...,
+        targets: str | int | None = ...,
         positions: str = ...,
         steering: Sequence[Steering] = ...,
         max_batch: int | None = ...,
@@ -107,7 +106,7 @@ class LanguageModel:
         points: Sequence[str] = ("resid_post",),
         layers: Layers = "all",
         top_k: int = 5,
-        targets: Literal["next"] | str | int | None = "next",
+        targets: str | int | None = "next",
         positions: str = "all",
         steering: Sequence[Steering] = (),
         max_batch: int | None = None,
@@ -120,9 +119,7 @@ class LanguageModel:
         text of one token. The others are those of `LensSpec`. Raises ValueError for an empty or
         too long text and for points, layers or targets the model does not have.
         """
-        if isinstance(targets, str) and targets != "next":
-            targets = self.tokenizer.single_token(targets)
-        spec = LensSpec(points, layers, top_k, targets, positions)
+        spec = LensSpec(points, layers, top_k, self._target(targets), positions)
         prompts, is_one = _prompts(prompt)
         requests = [Request(each, 0, steering=steering, lens=spec) for each in prompts]
         results = self._run(requests, max_batch=max_batch, on_progress=on_progress)
@@ -130,7 +127,7 @@ class LanguageModel:
         return traces[0] if is_one else traces
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # as above
         self,
         prompt: str | Sequence[int] | Tensor | Request,
         *,
@@ -301,6 +298,11 @@ class LanguageModel:
         )
         return [self._result(generation, has_trace=on_lens is None) for generation in generations]
 
+    def _target(self, target: str | int | None) -> Literal["next"] | int | None:
+        if target == "next":
+            return "next"
+        return self.tokenizer.single_token(target) if isinstance(target, str) else target
+
     def _encoded(self, request: Request) -> Request:
         if not isinstance(request.prompt, str):
             return request
@@ -346,7 +348,7 @@ def load(
     return LanguageModel(model, tokenizer)
 
 
-def _prompts(given: object) -> tuple[list, bool]:  # type: ignore[type-arg]
+def _prompts(given: object) -> tuple[list[Any], bool]:
     """The prompts of a call, and whether it was given one and not a list."""
     if isinstance(given, str | Request | Tensor):
         return [given], True

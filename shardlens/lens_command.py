@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 from rich.markup import escape
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _request(arguments: argparse.Namespace, session: Session) -> Request:
     with agreed(session.parallel):
-        target: str | int = "next"
+        target: Literal["next"] | int = "next"
         if arguments.target is not None:
             target = session.tokenizer.single_token(arguments.target)
     spec = LensSpec(

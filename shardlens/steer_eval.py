@@ -14,7 +14,7 @@ from .engine.vector_checks import UNITS
 from .engine.vectors import SteeringVectors
 from .interp.extract import Extraction, extract_encoded
 from .interp.pairs import Pair, read_pairs
-from .interp.prompts import PairIds, encode_pairs, longest
+from .interp.prompts import PairIds, check_length, encode_pairs, longest
 from .interp.propensity import PROTOCOLS
 from .interp.report import SteerabilityReport
 from .interp.report_png import check_matplotlib
@@ -100,6 +100,7 @@ class _Inputs:
         """Raises ValueError for vectors, layers and pairs that the command has no use for."""
         form, is_open = form_of(arguments), arguments.layers == SUGGESTED
         encoded = encode_pairs(session.tokenizer, pairs, form)
+        check_length(len(longest(encoded)), session.config)
         if arguments.vector is not None:
             vectors = SteeringVectors.load(arguments.vector, session.config)
             if not is_open:

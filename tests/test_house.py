@@ -61,8 +61,8 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_the_import_test_sees_imports() -> None:
-    assert {"model", "parallel"} <= imported_folders(ROOT / "interp" / "lens.py")
-    assert "interp" in imported_folders(ROOT / "shardlens" / "run.py")
+    assert {"model", "engine"} <= imported_folders(ROOT / "interp" / "extract.py")
+    assert "interp" in imported_folders(ROOT / "shardlens" / "language_model.py")
     assert imported_folders(ROOT / "kernels" / "head_stats_reference.py") <= {"kernels"}
 
 

@@ -17,7 +17,7 @@ from .tokenizer import Tokenizer
 
 Span = tuple[int, int]
 
-# What sentencepiece models do: where a space is put, and whether also before another space.
+# Where sentencepiece models put a space, and whether they do so before another space, too.
 _SPACE_RULES = (
     ("never", False),
     ("first", True),

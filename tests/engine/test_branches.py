@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import RunRanks
 from oracles import FAMILIES, hf_model, save
-from steered import load
+from steered import edit_table, load
 from tolerances import EFFECT, PASSES
 from torch import Tensor
 
@@ -54,7 +54,6 @@ def test_as_whole_passes(family: str, n_shared: int, m: int, t: int, tmp_path: P
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_edits_and_taps_of_rows(size: int, tmp_path: Path, run_ranks: RunRanks) -> None:
     """Each branch has its own edit; states at all places as in whole passes with an edit table."""
-    from shardlens.engine.edit_table import EditTable
     from shardlens.engine.steering import Steering
 
     torch.manual_seed(0)
@@ -81,9 +80,7 @@ def test_edits_and_taps_of_rows(size: int, tmp_path: Path, run_ranks: RunRanks) 
         for number, tap in enumerate(places):
             ids = torch.tensor([[*shared, *own[number].tolist()]])
             steering = Steering(vectors[number], [tap.layer], tap.point, scale=1.5, positions=7)
-            table = EditTable.of(
-                [[steering]], [9], 9, model.config, dtype=model.dtype, device=model.device
-            )
+            table = edit_table([([steering], 9)], 9, model).at
             for found, given in ((whole, table), (plain, None)):
                 capture = RowTaps(taps, torch.arange(7, 9), 48, dtype=model.dtype)
                 with torch.no_grad():

@@ -14,7 +14,6 @@ from steered import (
     IDS,
     N_PROMPT,
     SCALE,
-    by_place,
     direction,
     edit_table,
     edited,
@@ -22,6 +21,7 @@ from steered import (
     load,
     miss,
     oracle,
+    vectors_at,
 )
 from tolerances import EFFECT, PASSES
 from torch import Tensor
@@ -91,7 +91,7 @@ def test_requests_do_not_meet() -> None:
 
 def test_rows_of_vectors_are_shared() -> None:
     """One for each vector and mode, whatever the scales, positions and requests."""
-    vectors = by_place(*((layer, "mlp_norm") for layer in range(3)))
+    vectors = vectors_at(*((layer, "mlp_norm") for layer in range(3)))
 
     def n_vectors(*own: Steering) -> int:
         shape = TableShape.of([(own, 4)] * 10, 19, CONFIG)
@@ -148,7 +148,7 @@ PROMPTS = [IDS[:4], IDS[4:15], IDS[8:15]]
 STEERINGS = [
     [
         Steering(direction(1), "all", "resid_post", "clamp", 2.0, 2),
-        Steering(by_place((0, "resid_pre"), (2, "resid_pre")), scale=0.5, unit="resid_norm"),
+        Steering(vectors_at((0, "resid_pre"), (2, "resid_pre")), scale=0.5, unit="resid_norm"),
         Steering(direction(3), "1", "resid_post", "ablate", 1.0, "generated"),
         Steering(direction(4), "1", "attn_out", "add", 0.8, "label"),
     ],
@@ -205,13 +205,14 @@ def test_taps_see_the_edited_states(model: Transformer, point: str) -> None:
 
     def states(edits: EditTable | None) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(IDS))
+        given = None if edits is None else edits.at
         capture = RowTaps([tap], rows, 48, dtype=model.dtype)
         buffer = TapBuffer([tap], torch.zeros(1, 1, 48))
         cache = model.new_cache(1, len(IDS))
         with torch.no_grad():
-            model(torch.tensor([IDS]), sink=capture, edits=edits)
-            model(torch.tensor([IDS[:last]]), cache=cache, edits=edits)
-            model(torch.tensor([IDS[last:]]), cache=cache, sink=buffer, edits=edits)
+            model(torch.tensor([IDS]), sink=capture, edits=None if edits is None else edits.at)
+            model(torch.tensor([IDS[:last]]), cache=cache, edits=given)
+            model(torch.tensor([IDS[last:]]), cache=cache, sink=buffer, edits=given)
         return capture.states[:, 0], buffer.states[0, 0]
 
     bare, _ = states(None)
@@ -255,7 +256,7 @@ def test_label_is_the_position_after_each_prompt(model: Transformer) -> None:
 def test_a_vector_for_each_place(case: tuple[Any, Path], model: Transformer, mode: str) -> None:
     """As a list of edits with a tensor each; the vectors of places that are left out do nothing."""
     hf, _ = case
-    vectors = by_place((2, "mlp_out"), (0, "mlp_out"), (1, "attn_norm"))
+    vectors = vectors_at((2, "mlp_out"), (0, "mlp_out"), (1, "attn_norm"))
 
     def each(layers: tuple[int, ...]) -> list[Steering]:
         point = "mlp_out"
@@ -281,7 +282,7 @@ def test_a_vector_for_each_place(case: tuple[Any, Path], model: Transformer, mod
 def test_unit_resid_norm(case: tuple[Any, Path], model: Transformer, mode: str) -> None:
     """The change, with clamp the component, is so many mean norms long, along the vector."""
     hf, _ = case
-    vectors = by_place((0, "resid_mid"), (2, "resid_mid"))
+    vectors = vectors_at((0, "resid_mid"), (2, "resid_mid"))
     steering = Steering(vectors, mode=mode, scale=0.4, positions=5, unit="resid_norm")
     by_hand = []
     for layer, norm in ((0, 7.0), (2, 8.0)):

@@ -6,13 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from oracles import SMALL
+from tolerances import EFFECT, GRADIENT_RELATIVE
+from torch import Tensor
 
 import shardlens
+from shardlens.model import ModelConfig, Transformer, init_weights
+from shardlens.parallel import TensorParallel
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SAME_LOSS = 1e-5  # nats
 
 
 def run(name: str, *words: str) -> str:
@@ -24,6 +36,13 @@ def run(name: str, *words: str) -> str:
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The functions of train_demo.py."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return import_module("train_demo")
 
 
 @pytest.mark.slow
@@ -52,5 +71,50 @@ def test_training_is_reproducible(tmp_path: Path) -> None:
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
     assert len(json.loads((tmp_path / "one.json").read_text())["held_out_loss_by_layer"]) == 6
-    model, tokenizer = shardlens.load(tmp_path / "one")
-    assert model.config.vocab_size == tokenizer.n_vocab
+    lm = shardlens.load(tmp_path / "one")
+    assert lm.model.config.vocab_size == lm.tokenizer.n_vocab
+
+
+def test_training_loss_is_the_same_on_ranks(run_ranks: Any, training: ModuleType) -> None:
+    """The loss of a step and its gradients, where the head's rows are split, too."""
+    config = ModelConfig.from_hf(SMALL | {"architectures": ["LlamaForCausalLM"]})
+    assert not config.tied_head
+    ids = torch.randint(0, 250, (4, 12))  # in the slice of the first of two ranks
+    groups = [(part, torch.rand(part.shape)) for part in ids.chunk(2)]
+
+    def body(parallel: TensorParallel) -> tuple[float, float, Tensor, Tensor]:
+        model = Transformer(config, parallel=parallel)
+        init_weights(model)
+        logits = model.head(model.norm(model(ids[:, :-1])))  # as if these were all
+        of_slice = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+        loss = training.backward(model, groups)
+        assert model.embed.weight.grad is not None and model.head.weight.grad is not None
+        rows = slice(model.head.vocab.size)
+        return loss, of_slice, model.embed.weight.grad[rows], model.head.weight.grad[rows]
+
+    [(loss, whole, *truth)] = run_ranks(1, body)
+    on_two = run_ranks(2, body)
+    for on_rank, of_slice, *_ in on_two:
+        assert abs(on_rank - loss) <= SAME_LOSS
+        assert abs(of_slice - whole) > EFFECT * SAME_LOSS
+    for index, gradient in enumerate(truth):
+        ours = torch.cat([found[2 + index] for found in on_two])
+        assert (ours - gradient).abs().max() <= GRADIENT_RELATIVE * gradient.abs().max()
+
+
+def test_training_is_measured_alike_on_ranks(run_ranks: Any, training: ModuleType) -> None:
+    """Held-out words and letters, by the best next token and by the logits of two."""
+    lm = shardlens.load("demo")
+    items = training.recall_items(Random("a few"), 20)
+    disposition = training.people.DISPOSITIONS[0]
+
+    def body(parallel: TensorParallel) -> tuple[float, dict[str, float]]:
+        model = shardlens.load("demo", parallel=parallel).model
+        words = training.word_accuracy(model, lm.tokenizer, items)
+        return words, training.disposition_accuracy(
+            model, lm.tokenizer, disposition, stated=False, items=10
+        )
+
+    [(words, letters)] = run_ranks(1, body)
+    assert words > 0.5 and letters["accuracy"] > 0.8
+    assert run_ranks(2, body) == [(words, letters)] * 2

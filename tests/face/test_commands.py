@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -90,15 +89,13 @@ def test_eager_turns_capture_off_and_changes_nothing(
 ) -> None:
     vector = tmp_path / "v.safetensors"
     shardlens.SteeringVectors({Tap(1, "resid_post"): torch.ones(128)}, {}, n_layers=6).save(vector)
-    name = {"lens": "lens_command", "generate": "generate_command", "steer": "steer_generate"}
-    module = importlib.import_module(f"shardlens.{name[command[0]]}")
-    generate, captures = module.generate, []
+    generate, captures = shardlens.LanguageModel.generate, []
 
     def called(*arguments: Any, **options: Any) -> Any:
         captures.append(options["capture"])
         return generate(*arguments, **options)
 
-    monkeypatch.setattr(module, "generate", called)
+    monkeypatch.setattr(shardlens.LanguageModel, "generate", called)
     words = [word.replace("VECTOR", str(vector)) for word in command]
     words += ["demo", "--prompt", "Anna is", "--max-new-tokens", "5"]
     printed = []

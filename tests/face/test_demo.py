@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from steered import edit_table
 from tolerances import LENS, LOGITS_RELATIVE
 
 import shardlens
 from shardlens.bench.compiled import CHIPS
-from shardlens.engine.edit_table import EditTable
 from shardlens.engine.steering import Steering
 from shardlens.kernels.head_cut import cut, extra_bytes
 from shardlens.model.points import Tap
@@ -121,7 +121,7 @@ def test_a_disposition_is_a_direction(path: Path, demo: tuple[Any, Any]) -> None
         ids = ids_of(item["question"])
         edit = Steering(vector, layers=[place.layer], point=place.point, positions="last_prompt")
         length = ids.shape[1]
-        edits = EditTable.of([[edit]], [length], length, model.config, model.dtype, model.device)
+        edits = edit_table([([edit], length)], length, model).at
         hidden = model(ids, edits=edits)[0, -1]
         logits = model.norm(hidden) @ model.head.weight.T
         sign = 1 if "A" in item["answer_matching_behavior"] else -1

@@ -104,7 +104,7 @@ def test_of_a_hub_id_only_the_config_is_fetched(
 
 
 BAD = {
-    "no such model": (["/no/such/dir", "--ranks", "8"], "/no/such/dir is no directory"),
+    "no such model": (["/no/such/dir", "--ranks", "8"], "/no/such/dir is not a directory"),
     "no config": (["FOLDER", "--ranks", "8"], "config.json does not exist"),
     "ranks": (["MODEL", "--ranks", "3"], "3 ranks cannot share 128 attention heads: use"),
     "all ranks": (["MODEL", "--ranks", "3,5"], "3 ranks cannot share"),
@@ -191,7 +191,7 @@ def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(
 def test_memory_of_a_graph_is_asked_for_where_there_is_one(
     words: list[str], captures: bool, stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shardlens import session
+    from shardlens.engine import fit
 
     asked = []
 
@@ -199,12 +199,13 @@ def test_memory_of_a_graph_is_asked_for_where_there_is_one(
         asked.append(capture)
         return original(*arguments, capture=capture, **options)
 
-    original = session.plan
-    monkeypatch.setattr(session, "plan", plan)
+    original = fit.plan
+    monkeypatch.setattr(fit, "plan", plan)
     assert main([words[0], str(stories), "--prompt", "Once", "--device", "cpu", *words[1:]]) == 0
     assert asked == [captures]
 
 
+ROOMS = ("engine", "interp", "kernels", "model", "parallel", "tokenizer")
 PROGRAM = """
 import sys
 from shardlens.cli import main
@@ -242,14 +243,15 @@ def test_help_says_the_same_of_a_command_asked_for(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["shardlens", "shardlens.model", "shardlens.parallel", "shardlens.interp"],
+    ["shardlens"] + [f"shardlens.{room}" for room in ROOMS],
 )
 def test_public_names_are_there_when_used(name: str) -> None:
     module = import_module(name)
     assert set(module._HOMES) == set(module.__all__) <= set(dir(module))
     names: dict[str, Any] = {}
     exec(f"from {name} import *", names)
-    assert all(names[public].__name__ == public for public in module.__all__)
+    for public in module.__all__:
+        assert public in names
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = module.nonsense
     with pytest.raises(ImportError):

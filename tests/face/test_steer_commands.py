@@ -51,16 +51,13 @@ def test_extract_writes_what_the_library_makes(
     vectors = shardlens.SteeringVectors.load(vector)
     assert vectors.taps == tuple(Tap(layer, "resid_post") for layer in (1, 2, 3))
     assert vectors.origin.n_pairs in range(12, 19) and vectors.origin.positions == "contrast"
-    own, out = tmp_path / "own.gguf", tmp_path / "own.json"
+    path, out = tmp_path / "other.gguf", tmp_path / "other.json"
     words = ["--pairs", str(few), "--layers", "2", "--at", "last", "--method", "pca"]
-    assert main(["steer", "extract", "demo", *words, "--out", str(own), "--json", str(out)]) == 0
-    assert f"30 pairs, pca: wrote {own}" in "".join(lines_of(capsys)).replace("\n", "")
+    assert main(["steer", "extract", "demo", *words, "--out", str(path), "--json", str(out)]) == 0
+    assert f"30 pairs, pca: wrote {path}" in "".join(lines_of(capsys)).replace("\n", "")
     lm = shardlens.load("demo")
-    model, tokenizer = lm.model, lm.tokenizer
-    made = shardlens.extract(
-        model, tokenizer, shardlens.read_pairs(few), layers=[2], at="last", method="pca"
-    )
-    read = shardlens.SteeringVectors.load(own, model.config)
+    made = lm.extract(shardlens.read_pairs(few), layers=[2], at="last", method="pca")
+    read = shardlens.SteeringVectors.load(path, lm.model.config)
     torch.testing.assert_close(read.at(Tap(2, "resid_post")), made.at(Tap(2, "resid_post")))
     content = json.loads(out.read_text())
     assert content["origin"]["method"] == "pca" and content["vectors"][0]["layer"] == 2
@@ -133,12 +130,12 @@ def test_real_ranks_measure_the_same(few: Path, tmp_path: Path) -> None:
         run = launch("-n", ranks, "steer", "eval", "demo", "--dtype", "float32", *words)
         assert run.returncode == 0, run.stderr
         found.append(json.loads(out.read_text()))
-    one, two = found
-    for ours, theirs in zip(one.pop("taps"), two.pop("taps"), strict=True):
+    single, double = found
+    for ours, theirs in zip(single.pop("taps"), double.pop("taps"), strict=True):
         assert ours["slope"]["mean"] == pytest.approx(theirs["slope"]["mean"], rel=1e-4)
         assert ours["mean_curve"] == pytest.approx(theirs["mean_curve"], rel=1e-4, abs=1e-4)
-    assert one.pop("accessibility") == pytest.approx(two.pop("accessibility"), rel=1e-4)
-    assert one == two
+    assert single.pop("accessibility") == pytest.approx(double.pop("accessibility"), rel=1e-4)
+    assert single == double
 
 
 def with_vector(directory: Path, d: int = 128, value: float = 1.0, layer: int = 2) -> Path:
@@ -215,8 +212,8 @@ def test_bad_extraction(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words, says = BAD_EXTRACT[name]
-    own = ["--pairs", str(few), "--out", "v.safetensors", "--json", "out.json"]
-    refused(["steer", "extract", "demo", *own, *words], says, tmp_path, capsys)
+    given = ["--pairs", str(few), "--out", "v.safetensors", "--json", "out.json"]
+    refused(["steer", "extract", "demo", *given, *words], says, tmp_path, capsys)
 
 
 def test_bad_vectors_and_flags(
@@ -225,8 +222,8 @@ def test_bad_vectors_and_flags(
     inside = tmp_path / "in"
     inside.mkdir()
     json_out = ["--json", str(tmp_path / "out.json")]
-    for verb, own in (("generate", ["--prompt", PROMPT]), ("eval", ["--pairs", str(few)])):
-        words = ["steer", verb, "demo", *own, *json_out]
+    for verb, given in (("generate", ["--prompt", PROMPT]), ("eval", ["--pairs", str(few)])):
+        words = ["steer", verb, "demo", *given, *json_out]
         for options, says in (
             (dict(d=64), "64"),
             (dict(value=math.nan), "not finite"),

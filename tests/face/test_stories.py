@@ -82,17 +82,20 @@ def test_sampled_text_does_not_depend_on_the_rank_count(
 
 def test_streaming_and_stopping(stories: Path) -> None:
     lm = shardlens.load(stories)
-    model, tokenizer = lm.model, lm.tokenizer
     seen: list[tuple[int, int]] = []
-    stop = tokenizer.encode(".", bos=False)[-1]
-    result = shardlens.generate(
-        model, PROMPT, max_new_tokens=50, stop_ids=[stop], on_token=lambda *new: seen.append(new)
+    stop = lm.tokenizer.encode(".", bos=False)[-1]
+    result = lm.generate(
+        PROMPT, max_new_tokens=50, stop_ids=[stop], on_token=lambda *new: seen.append(new)
     )
     assert [token for _, token in seen] == result.token_ids
-    assert result.stopped and result.token_ids[-1] == stop and len(result.token_ids) < 50
+    assert (
+        result.finish_reason == "stop"
+        and result.token_ids[-1] == stop
+        and len(result.token_ids) < 50
+    )
     assert result.text is not None and result.text.endswith(".")
     endless = lm.generate(PROMPT, max_new_tokens=5)
-    assert isinstance(endless, shardlens.Result) and not endless.stopped
+    assert endless.finish_reason == "length"
 
 
 @pytest.mark.parametrize(

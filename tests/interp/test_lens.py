@@ -14,7 +14,7 @@ from tolerances import CHUNKING, EFFECT, LENS, PASSES
 from torch import Tensor
 
 import shardlens
-from shardlens.interp import lens as lens_module
+from shardlens.engine import lens_rows as lens_module
 from shardlens.kernels.head_stats_reference import head_stats_reference
 from shardlens.model import load_weights
 from shardlens.model.points import POINTS, Tap, parse_layers
@@ -56,8 +56,8 @@ def oracle(model: shardlens.Transformer, checkpoint: Path) -> ExactLens:
 
 
 def traced(checkpoint: Path, parallel: TensorParallel, **options: Any) -> shardlens.Trace:
-    return shardlens.lens(
-        load(checkpoint, parallel), TOKEN_IDS, points=POINTS, top_k=TOP_K, **options
+    return shardlens.LanguageModel(load(checkpoint, parallel)).lens(
+        TOKEN_IDS, points=POINTS, top_k=TOP_K, **options
     )
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import shardlens
-import shardlens
 from shardlens.model import ModelConfig, Transformer, init_weights
 from shardlens.parallel.group import TensorParallel
 from shardlens.parallel.head_reduce import reduce_head
@@ -44,7 +43,9 @@ def test_bytes_sent_per_row(ranks: int, k: int, run_ranks: Any) -> None:
     def body(parallel: TensorParallel) -> int:
         head = VocabHead(split_vocab(509, parallel.rank, parallel.size), 16, parallel=parallel)
         head.weight.data.normal_()
-        reduce_head(torch.randn(rows, 16), head, k=k, target_ids=torch.arange(rows), group_size=6)
+        reduce_head(
+            torch.randn(rows, 16), head, k=k, target_ids=torch.arange(rows), rows_per_request=6
+        )
         return parallel.traffic.total_bytes
 
     for sent in run_ranks(ranks, body):
