@@ -18,7 +18,6 @@ from typing import Literal
 
 from ..kernels.blocks import (
     HEAD_LEAST_ROWS,
-    HEAD_LOGITS,
     HEAD_MOST_SHARES,
     HEAD_PROGRAMS,
     HEAD_ROW_BYTES,
@@ -26,6 +25,7 @@ from ..kernels.blocks import (
     HEAD_TILE_BYTES,
     HEAD_TILE_ROWS,
     WIDENED_IDS,
+    head_block_ids,
 )
 from ..model.config import DTYPE_BYTES, ModelConfig
 from ..model.sharding import placements, rank_spans
@@ -41,7 +41,7 @@ from .limits import (
 
 DeviceType = Literal["cuda", "cpu"]
 
-LOGITS_COPIES = 2.5  # of a block's logits in the reference: themselves, a sum's copy, masks
+LOGITS_COPIES = 2.55  # of a block's logits in the reference: themselves, room for sums, masks
 ATTENTION_BUFFER_BYTES = 2**17  # of PyTorch's attention on a CPU, on two threads
 MERGED_BYTES = 400  # of a row while the winners of all ranks are merged, in float64
 CUDA_CONTEXT_BYTES = 2**30  # the context itself, and what NCCL keeps
@@ -140,7 +140,8 @@ def taps_bytes(share: Share, work: Workload) -> int:
 def chunk_tokens(work: Workload) -> int:
     """T: fewer where a lens captures, so that the captured rows T P stay few."""
     most = CAPTURED_ROWS // work.taps if work.taps else PREFILL_CHUNK
-    return max(1, min(most, PREFILL_CHUNK, work.prompt))
+    fed = work.prompt - int(work.context > work.prompt)  # the last token is left to a step
+    return max(1, min(most, PREFILL_CHUNK, fed))
 
 
 def captured_bytes(share: Share, work: Workload) -> int:
@@ -190,7 +191,7 @@ def head_bytes(share: Share, work: Workload, rows: int, ranks: int) -> int:
         kept = 8 * rounded_up(work.top_k) + 24
         return HEAD_PROGRAMS * tile_bytes + shares * rows * kept + merged
     block = min(rows, HEAD_ROWS)
-    ids = min(share.vocab, max(1, HEAD_LOGITS // block))
+    ids = min(share.vocab, head_block_ids(block))
     if work.dtype_bytes == 4:
         return int(4 * block * ids * LOGITS_COPIES) + merged
     ids = min(ids, WIDENED_IDS)

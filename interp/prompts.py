@@ -64,7 +64,7 @@ def encode_pair(
 
     Raises ValueError when the two sides have the same tokens, when the tokenizer changes the text
     or has no chat template, and, if `needs_label`, when the two labels are not one token each,
-    different ones, at the same place after the same tokens (the last only for one question).
+    different ones, at the same position after the same tokens (the last only for one question).
     """
     if not pair.question:
         if needs_label:

@@ -69,7 +69,7 @@ def _subjects(pair: Pair) -> list[object]:
 
 
 def _without_order(question: str) -> tuple[str, ...]:
-    """The lines of a question without the marks of options, in an order of their own."""
+    """The lines of a question without the marks of options, sorted."""
     lines = (_OPTION_MARK.sub("", line) for line in question.splitlines())
     return tuple(sorted(filter(None, (" ".join(line.split()) for line in lines))))
 

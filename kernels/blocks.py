@@ -25,3 +25,9 @@ MOST_PROCESSORS = 148  # B200
 HEAD_PROGRAMS = PROGRAMS_PER_PROCESSOR * MOST_PROCESSORS
 HEAD_TILE_BYTES = HEAD_ROW_BYTES * HEAD_TILE_ROWS // PROGRAMS_PER_PROCESSOR
 HEAD_MOST_SHARES = 48  # of the vocabulary, where tiles of rows are many: see `head_cut.cut`
+
+
+def head_block_ids(n_rows: int) -> int:
+    """Ids whose logits are formed together for so many rows: whole spans."""
+    logits = HEAD_LOGITS if n_rows > HEAD_FEW_ROWS else HEAD_FEW_ROWS_LOGITS
+    return max(1, logits // n_rows // HEAD_SPAN_IDS) * HEAD_SPAN_IDS

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .triton_shim import tl, triton
+
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -50,3 +52,21 @@ def gumbel_reference(seed: Tensor, step: Tensor, token_ids: Tensor) -> Tensor:
     bits = philox_reference((token_ids, step), seed)
     v = ((bits.double() + 0.5) * 2.0**-32).float().clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-v))
+
+
+@triton.jit
+def gumbel_kernel(seed, step, ids):
+    """Noise [BB, BV] as in `gumbel_reference`: seed, step [BB] int64, ids [BV] int64."""
+    zeros = tl.zeros([seed.shape[0], ids.shape[0]], tl.uint32)
+    c0 = zeros + ids.to(tl.uint32)[None, :]
+    c1 = zeros + step.to(tl.uint32)[:, None]
+    low = zeros + (seed & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    high = zeros + ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    bits, _, _, _ = tl.philox_impl(c0, c1, zeros, zeros, low, high)
+    v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    # -log1p(-v): by its series where log(1 - v) would lose v's digits
+    series = v * 0 + 1 / 13
+    for power in tl.static_range(12):
+        series = series * v + 1 / (12 - power)
+    t = tl.where(v < 0.25, v * series, -tl.log(1 - v))
+    return -tl.log(t)

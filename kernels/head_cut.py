@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from .blocks import HEAD_LEAST_ROWS, HEAD_TILE_IDS, HEAD_TILE_ROWS, PROGRAMS_PER_PROCESSOR
 from .head_stats_kernel import N_SUMS
@@ -144,3 +145,26 @@ def extra_bytes(n_rows: int, shares: int, programs: int, k: int, config: Config)
     tiles = 4 * programs * config.tile[0] * tile_width(config)
     kept = shares * n_rows * (8 * triton.next_power_of_2(k) + 4 * N_SUMS)
     return tiles + kept + n_rows * (12 * k + 28)
+
+
+def in_pieces(
+    n_rows: int, rows_per_request: int, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    """Rows for requests longer than a tile: (index of rows in order, its inverse, piece's size).
+
+    Each request becomes pieces of up to HEAD_TILE_ROWS rows, each with the request's last row, the
+    reference of KL, as its last.
+    """
+    others = rows_per_request - 1
+    n_pieces = triton.cdiv(others, HEAD_TILE_ROWS - 1)
+    per_piece = triton.cdiv(others, n_pieces)
+    slot = torch.arange(n_pieces * (per_piece + 1), device=device).view(n_pieces, -1)
+    piece = torch.arange(n_pieces, device=device)[:, None]
+    row = (piece * per_piece + slot % (per_piece + 1)).clamp(max=others)
+    row[:, -1] = others
+    request = torch.arange(n_rows // rows_per_request, device=device)[:, None]
+    index = (request * rows_per_request + row.flatten()).flatten()
+    at = torch.arange(others, device=device)
+    at = torch.cat((at // per_piece * (per_piece + 1) + at % per_piece, slot[-1:, -1]))
+    inverse = (request * slot.numel() + at).flatten()
+    return index, inverse, per_piece + 1

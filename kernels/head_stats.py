@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .blocks import HEAD_TILE_ROWS
 from .dispatch import use_triton
-from .head_cut import MOST_K, Cut, cut, tile_width
+from .head_cut import MOST_K, Cut, cut, in_pieces, tile_width
 from .head_stats_kernel import N_SUMS, dot_precision, head_kernel, merge_kernel
 from .head_stats_reference import stream_head
 from .head_types import HeadOptions, HeadStats, Noise, RowStats, SampleStats, Target
@@ -68,7 +68,8 @@ class _Parts:
             return torch.empty(shares, like.shape[0], size, dtype=dtype, device=like.device)
 
         logits = out.rows.logits
-        sums = logits.new_empty(shares, logits.shape[0], N_SUMS)
+        shape = (shares, logits.shape[0], N_SUMS)
+        sums = torch.empty(shape, dtype=torch.float32, device=logits.device)
         samples: tuple[Tensor | None, ...] = (None, None, None)
         if out.samples is not None:
             keys = out.samples.keys
@@ -124,7 +125,7 @@ def _run_shares(
         BB=min(rows, triton.next_power_of_2(max(1, n_samples))),
         BR=rows, BV=ids, BD=columns, BP=min(part, width), HALVES=ids // width,
         EVEN_D=d % columns == 0, BULK=bulk, SCALED=options.scale is not None,
-        TARGET=options.target is not None, GROUPED=options.rows_per_request > 1,
+        TARGET=options.target is not None, KL=options.rows_per_request > 1,
         NOISE=n_samples > 0, PRECISION=dot_precision(x.dtype),
         num_warps=config.warps, num_stages=config.stages, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
@@ -178,32 +179,9 @@ def _target_arguments(target: Target | None, first_id: int) -> tuple[Tensor | No
 
 def _launch_in_pieces(x: Tensor, weight: Tensor, options: HeadOptions) -> RowStats:
     """The kernels on requests longer than a tile."""
-    index, inverse, size = _in_pieces(x.shape[0], options.rows_per_request, x.device)
+    index, inverse, size = in_pieces(x.shape[0], options.rows_per_request, x.device)
     pieces = replace(options.without_noise(index), rows_per_request=size)
     return _launch(x[index], weight, pieces).rows.rows(inverse)
-
-
-def _in_pieces(
-    n_rows: int, rows_per_request: int, device: torch.device
-) -> tuple[Tensor, Tensor, int]:
-    """Rows for requests longer than a tile: (index of rows in order, its inverse, piece's size).
-
-    Each request becomes pieces of up to HEAD_TILE_ROWS rows, each with the request's last row, the
-    reference of KL, as its last.
-    """
-    others = rows_per_request - 1
-    n_pieces = triton.cdiv(others, HEAD_TILE_ROWS - 1)
-    per_piece = triton.cdiv(others, n_pieces)
-    slot = torch.arange(n_pieces * (per_piece + 1), device=device).view(n_pieces, -1)
-    piece = torch.arange(n_pieces, device=device)[:, None]
-    row = (piece * per_piece + slot % (per_piece + 1)).clamp(max=others)
-    row[:, -1] = others
-    request = torch.arange(n_rows // rows_per_request, device=device)[:, None]
-    index = (request * rows_per_request + row.flatten()).flatten()
-    at = torch.arange(others, device=device)
-    at = torch.cat((at // per_piece * (per_piece + 1) + at % per_piece, slot[-1:, -1]))
-    inverse = (request * slot.numel() + at).flatten()
-    return index, inverse, per_piece + 1
 
 
 def _launch_samples(x: Tensor, weight: Tensor, options: HeadOptions, noise: Noise) -> SampleStats:

@@ -6,12 +6,6 @@ z = x · Wᵀ in float32, then the running statistics of `head_stats_reference`,
 second kernel merges the shares. Legend: BR rows and BV ids of a tile, BD columns of x and W per
 step of the product, BP ids of a part that is looked at, S shares.
 
-Candidates for the top-k are kept unsorted, in memory that the caches hold. A part costs one
-comparison of its row maxima with the rows' worst candidates; only while some row's maximum beats
-its worst is the best id taken out of the part and put in that one's slot. Shares are walked in the
-order of ids, and ties within a part taken lowest id first, so a tie never replaces a candidate,
-which leaves the lower id.
-
 KL needs the logits of each request's last row beside each row's own: tiles hold whole requests, and
 the last row is read from the tile.
 """
@@ -20,9 +14,10 @@ from __future__ import annotations
 
 import torch
 
+from .gumbel import gumbel_kernel
+from .top_k_kernel import clear_slots, keep_best, merge_sorted, sort_slots
 from .triton_shim import tl, triton
 
-_NO_ID = tl.constexpr(2**31 - 1)
 # Sums of a row over a share, in the order in which the main kernel writes them.
 N_SUMS = 6
 _N_SUMS = tl.constexpr(N_SUMS)
@@ -31,107 +26,6 @@ _N_SUMS = tl.constexpr(N_SUMS)
 def dot_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: float32 as three products of tf32, which lose no digits of it."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-@triton.jit
-def _gumbel(seed, step, ids):
-    """Noise [BB, BV] as in `gumbel_reference`: seed, step [BB] int64, ids [BV] int64."""
-    zeros = tl.zeros([seed.shape[0], ids.shape[0]], tl.uint32)
-    c0 = zeros + ids.to(tl.uint32)[None, :]
-    c1 = zeros + step.to(tl.uint32)[:, None]
-    low = zeros + (seed & 0xFFFFFFFF).to(tl.uint32)[:, None]
-    high = zeros + ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)[:, None]
-    bits, _, _, _ = tl.philox_impl(c0, c1, zeros, zeros, low, high)
-    v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    # -log1p(-v): by its series where log(1 - v) would lose v's digits
-    series = v * 0 + 1 / 13
-    for power in tl.static_range(12):
-        series = series * v + 1 / (12 - power)
-    t = tl.where(v < 0.25, v * series, -tl.log(1 - v))
-    return -tl.log(t)
-
-
-@triton.jit
-def _keep_best(
-    z, payload, worst, column, kept_values, kept_ids, kept_payload, inside, PAYLOAD: tl.constexpr
-):
-    """Merge a tile z [BR, BV] of ids column [BV] into the candidates kept in memory [BR, K2].
-
-    worst [BR]: the rows' worst candidate; the new one is returned. kept_*: pointers [BR, K2]. With
-    PAYLOAD, kept_payload gets the numbers of `payload` [BR, BV] at each candidate.
-    """
-    top = tl.max(z, 1)
-    if tl.max((top > worst).to(tl.int32), 0) > 0:
-        tl.debug_barrier()  # what other threads kept for the last tile is in memory
-        values = tl.load(kept_values, mask=inside[:, None], other=float("inf"))
-        ids = tl.load(kept_ids, mask=inside[:, None], other=0)
-        carried = values
-        if PAYLOAD:
-            carried = tl.load(kept_payload, mask=inside[:, None], other=0)
-        while tl.max((top > worst).to(tl.int32), 0) > 0:
-            beats = top > worst
-            best = tl.min(tl.where(z == top[:, None], column[None, :], _NO_ID), 1)
-            is_worst = values == worst[:, None]
-            # empty slots hold distinct negative ids, so that one slot is taken at a time
-            last = tl.max(tl.where(is_worst, ids, -_NO_ID), 1)
-            is_slot = is_worst & (ids == last[:, None]) & beats[:, None]
-            taken = (column[None, :] == best[:, None]) & beats[:, None]
-            if PAYLOAD:
-                value = tl.sum(tl.where(taken, payload, 0.0), 1)
-                carried = tl.where(is_slot, value[:, None], carried)
-            values = tl.where(is_slot, top[:, None], values)
-            ids = tl.where(is_slot, best[:, None], ids)
-            z = tl.where(taken, float("-inf"), z)
-            worst, top = tl.min(values, 1), tl.max(z, 1)
-        tl.store(kept_values, values, mask=inside[:, None])
-        tl.store(kept_ids, ids, mask=inside[:, None])
-        if PAYLOAD:
-            tl.store(kept_payload, carried, mask=inside[:, None])
-    return worst
-
-
-@triton.jit
-def _clear_slots(
-    kept_values, kept_ids, inside, BR: tl.constexpr, K: tl.constexpr, K2: tl.constexpr
-):
-    """Empty slots: value -inf; those beyond K hold +inf and are never taken."""
-    slot = tl.arange(0, K2)[None, :] + tl.zeros([BR, 1], tl.int32)
-    value = tl.where(slot < K, float("-inf"), float("inf"))
-    tl.store(kept_values, value, mask=inside[:, None])
-    tl.store(kept_ids, -1 - slot, mask=inside[:, None])
-
-
-@triton.jit
-def _sort_slots(
-    kept_values, kept_ids, kept_payload, inside, K: tl.constexpr, K2: tl.constexpr,
-    PAYLOAD: tl.constexpr,
-):  # fmt: skip
-    """Put candidates in order, best first, ties by the lower id; -1 where there is none."""
-    tl.debug_barrier()
-    slot = tl.arange(0, K2)[None, :]
-    values = tl.load(kept_values, mask=inside[:, None] & (slot < K), other=float("-inf"))
-    ids = tl.load(kept_ids, mask=inside[:, None], other=-1)
-    carried = values
-    if PAYLOAD:
-        carried = tl.load(kept_payload, mask=inside[:, None], other=0)
-    tl.debug_barrier()
-    sorted_values, sorted_ids, sorted_carried = values, ids, carried
-    for at in range(K):
-        top = tl.max(values, 1)
-        best = tl.min(tl.where((values == top[:, None]) & (ids >= 0), ids, _NO_ID), 1)
-        taken, here = ids == best[:, None], slot == at
-        found = tl.where(best == _NO_ID, -1, best)
-        sorted_values = tl.where(here, top[:, None], sorted_values)
-        sorted_ids = tl.where(here, found[:, None], sorted_ids)
-        if PAYLOAD:
-            value = tl.sum(tl.where(taken, carried, 0.0), 1)
-            sorted_carried = tl.where(here, value[:, None], sorted_carried)
-        values = tl.where(taken, float("-inf"), values)
-        ids = tl.where(taken, -1, ids)
-    tl.store(kept_values, sorted_values, mask=inside[:, None])
-    tl.store(kept_ids, sorted_ids, mask=inside[:, None])
-    if PAYLOAD:
-        tl.store(kept_payload, sorted_carried, mask=inside[:, None])
 
 
 @triton.jit
@@ -163,7 +57,7 @@ def head_kernel(
     K: tl.constexpr, K2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr, BB: tl.constexpr,
     BR: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, HALVES: tl.constexpr,
     EVEN_D: tl.constexpr, BULK: tl.constexpr, SCALED: tl.constexpr,
-    TARGET: tl.constexpr, GROUPED: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
+    TARGET: tl.constexpr, KL: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
         tile, part = work % row_tiles, work // row_tiles
@@ -177,7 +71,7 @@ def head_kernel(
         scratch = tiles + tl.program_id(0).to(tl.int64) * BR * WIDTH
         out = part.to(tl.int64) * n_rows + row
         kept = out[:, None] * K2 + tl.arange(0, K2)[None, :]
-        _clear_slots(part_logits + kept, part_ids + kept, inside, BR, K, K2)
+        clear_slots(part_logits + kept, part_ids + kept, inside, BR, K, K2)
         first_slot = slot // rows_per_request * rows_per_request
         reference = tl.minimum(first_slot + rows_per_request - 1, BR - 1)
 
@@ -190,7 +84,7 @@ def head_kernel(
             sampled_slot = tl.minimum(sample * rows_per_request + sample_row, BR - 1)
             sample_out = part.to(tl.int64) * n_samples + sample
             kept_key = sample_out[:, None] * N2 + tl.arange(0, N2)[None, :]
-            _clear_slots(sample_keys + kept_key, sample_ids + kept_key, is_sampled, BB, N, N2)
+            clear_slots(sample_keys + kept_key, sample_ids + kept_key, is_sampled, BB, N, N2)
             worst_key = tl.full([BB], float("-inf"), tl.float32)
 
         m = tl.full([BR], float("-inf"), tl.float32)
@@ -231,7 +125,7 @@ def head_kernel(
                     shift = m - base
                     decay = tl.exp(shift)
                     sum_dev = tl.where(sum_exp > 0, sum_dev + shift * sum_exp, 0.0) * decay
-                    if GROUPED:
+                    if KL:
                         z_ref = tl.load(scratch + reference[:, None] * WIDTH + offset[None, :])
                         z_ref *= tl.gather(factor, reference, 0)[:, None]
                         weight = tl.exp(z_ref - tl.gather(base, reference, 0)[:, None])
@@ -255,14 +149,14 @@ def head_kernel(
                         z_sample = tl.load(at_sample) * tl.gather(factor, sampled_slot, 0)[:, None]
                         seeds = tl.load(seed + sample, mask=is_sampled, other=0)
                         steps = tl.load(step + sample, mask=is_sampled, other=0)
-                        noise = _gumbel(seeds, steps, first_id + column_id.to(tl.int64))
+                        noise = gumbel_kernel(seeds, steps, first_id + column_id.to(tl.int64))
                         is_key = valid & is_sampled[:, None]
                         keys = tl.where(is_key, z_sample + noise, float("-inf"))
-                        worst_key = _keep_best(
+                        worst_key = keep_best(
                             keys, z_sample, worst_key, column_id, sample_keys + kept_key,
                             sample_ids + kept_key, sample_logits + kept_key, is_sampled, True,
                         )  # fmt: skip
-                    worst = _keep_best(
+                    worst = keep_best(
                         z, z, worst, column_id, part_logits + kept, part_ids + kept, part_logits,
                         inside, False,
                     )  # fmt: skip
@@ -274,38 +168,12 @@ def head_kernel(
         tl.store(sums + 3, beaten_by, mask=inside)
         tl.store(sums + 4, cross, mask=inside)
         tl.store(sums + 5, logit, mask=inside)
-        _sort_slots(part_logits + kept, part_ids + kept, part_logits, inside, K, K2, False)
+        sort_slots(part_logits + kept, part_ids + kept, part_logits, inside, K, K2, False)
         if NOISE:
-            _sort_slots(
+            sort_slots(
                 sample_keys + kept_key, sample_ids + kept_key, sample_logits + kept_key,
                 is_sampled, N, N2, True,
             )  # fmt: skip
-
-
-@triton.jit
-def _merge_sorted(
-    part_values, part_ids, part_carried, values, ids, carried, row, n_rows, n_parts, first_id,
-    K: tl.constexpr, K2: tl.constexpr, S2: tl.constexpr, PAYLOAD: tl.constexpr,
-):  # fmt: skip
-    """K best of n_parts sorted lists [K2], by their heads."""
-    part = tl.arange(0, S2)
-    is_part = part < n_parts
-    base = (part.to(tl.int64) * n_rows + row) * K2
-    taken = tl.zeros([S2], tl.int32)
-    for rank in range(K):
-        is_left = is_part & (taken < K)
-        head = tl.load(part_values + base + taken, mask=is_left, other=float("-inf"))
-        head_id = tl.load(part_ids + base + taken, mask=is_left, other=-1)
-        top = tl.max(head, 0)
-        best = tl.min(tl.where((head == top) & (head_id >= 0), head_id, _NO_ID), 0)
-        is_best = is_left & (head_id == best)
-        out = row * K + rank
-        tl.store(values + out, top)
-        tl.store(ids + out, tl.where(best == _NO_ID, -1, best.to(tl.int64) + first_id))
-        if PAYLOAD:
-            picked = tl.load(part_carried + base + taken, mask=is_best, other=0)
-            tl.store(carried + out, tl.where(best == _NO_ID, float("-inf"), tl.sum(picked, 0)))
-        taken += is_best.to(tl.int32)
 
 
 @triton.jit
@@ -341,13 +209,13 @@ def merge_kernel(
     part_cross = tl.load(sums + 4, mask=is_part, other=0)
     tl.store(cross + row, tl.sum(part_cross * tl.exp(ref_shift), 0))
     tl.store(target_logit + row, tl.sum(tl.load(sums + 5, mask=is_part, other=0), 0))
-    _merge_sorted(
+    merge_sorted(
         part_logits, part_ids, part_logits, logits, token_ids, logits, row, n_rows, n_parts,
         first_id, K, K2, S2, False,
     )  # fmt: skip
     if NOISE:  # noqa: SIM102 - without noise nothing in here is compiled
         if row < n_samples:
-            _merge_sorted(
+            merge_sorted(
                 part_sample_keys, part_sample_ids, part_sample_logits,
                 sample_keys, sample_ids, sample_logits,
                 row, n_samples, n_parts, first_id, N, N2, S2, True,

@@ -25,12 +25,9 @@ import torch
 from torch import Tensor
 
 from .blocks import (
-    HEAD_FEW_ROWS,
-    HEAD_FEW_ROWS_LOGITS,
-    HEAD_LOGITS,
     HEAD_ROWS,
-    HEAD_SPAN_IDS,
     WIDENED_IDS,
+    head_block_ids,
 )
 from .few_rows_linear import linear
 from .gumbel import gumbel_reference
@@ -90,8 +87,7 @@ def stream_head(
 
 
 def _ids_of_block(n_rows: int, weight: Tensor) -> int:
-    logits = HEAD_LOGITS if n_rows > HEAD_FEW_ROWS else HEAD_FEW_ROWS_LOGITS
-    ids = max(1, logits // n_rows // HEAD_SPAN_IDS) * HEAD_SPAN_IDS
+    ids = head_block_ids(n_rows)
     return ids if weight.dtype == torch.float32 else min(WIDENED_IDS, ids)
 
 
@@ -140,7 +136,10 @@ class _RowBlock:
         logits, ids = self.stats.logits, self.stats.token_ids
         rows = (~(block_max[:, None] <= logits[:, -1:]).all(-1)).nonzero()[:, 0]
         if rows.numel():
-            changed = z if rows.numel() == z.shape[0] else z[rows]
+            changed = z
+            if rows.numel() < z.shape[0]:
+                room = self.sums.scratch(torch.Size((rows.numel(), z.shape[1])))
+                changed = torch.index_select(z, 0, rows, out=room)
             new_logits, columns = block_best(changed, min(logits.shape[1], z.shape[1]))
             best = logits[rows], ids[rows]
             keep_best(best, (new_logits, columns + first_id))

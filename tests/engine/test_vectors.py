@@ -74,9 +74,9 @@ def test_norms_of_the_states_may_be_missing() -> None:
 def test_vectors_are_copies_in_float32() -> None:
     table = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
     vectors = SteeringVectors({Tap(1, "mlp_out"): table[1]}, {}, N_LAYERS)
-    own = vectors.at(Tap(1, "mlp_out"))
-    assert own.dtype == torch.float32 and not own.requires_grad
-    assert own.untyped_storage().nbytes() == 4 * D
+    found = vectors.at(Tap(1, "mlp_out"))
+    assert found.dtype == torch.float32 and not found.requires_grad
+    assert found.untyped_storage().nbytes() == 4 * D
 
 
 @pytest.mark.parametrize(
@@ -127,15 +127,15 @@ def test_another_model_is_refused_or_warned_of() -> None:
 def test_a_fingerprint_follows_config_and_weights() -> None:
     config = ModelConfig.from_hf(DEMO / "config.json")
     probe = torch.randn(4, 8)
-    own = fingerprint(config, probe)
-    assert len(own) == 16 and int(own, 16) >= 0
-    assert own == fingerprint(config, probe.T.contiguous().T)
+    found = fingerprint(config, probe)
+    assert len(found) == 16 and int(found, 16) >= 0
+    assert found == fingerprint(config, probe.T.contiguous().T)
     others = (
         fingerprint(dataclasses.replace(config, n_layers=config.n_layers + 1), probe),
         fingerprint(config, probe.bfloat16().float()),
         fingerprint(config, probe.flip(0)),
     )
-    assert len({own, *others}) == 4
+    assert len({found, *others}) == 4
 
 
 @pytest.mark.parametrize("tap", TAPS)
@@ -231,8 +231,8 @@ def test_cosines() -> None:
     y = np.stack([exact(b, tap) for tap in b.taps])
     truth = (x @ y.T) / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)
     assert_rounded_once(table, truth)
-    own = a.cosines()[1]
-    assert torch.equal(own, own.T) and torch.equal(own.diagonal(), torch.ones(3))
+    found = a.cosines()[1]
+    assert torch.equal(found, found.T) and torch.equal(found.diagonal(), torch.ones(3))
 
 
 def test_random_controls_have_the_same_norms_and_a_seed_of_their_own() -> None:

@@ -61,9 +61,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, attribute, call)
 
-    for name, places in COUNTED.items():
-        for place in places.split():
-            module, attribute = place.split(":")
+    for name, users in COUNTED.items():
+        for user in users.split():
+            module, attribute = user.split(":")
             watch(import_module(module), attribute, name)
     for kind in (Tokenizer.encode, Steering.check, Steering._check_vector, SteeringVectors.check):
         owner = {"Tokenizer": Tokenizer, "Steering": Steering, "SteeringVectors": SteeringVectors}

@@ -161,7 +161,7 @@ def contrast_of(case: Case, pairs: Sequence[Pair]) -> list[tuple[Text, Text]]:
     sides = []
     for pair in pairs:
         whole = [text_of(case, f"{text}\n{pair.question}", pair.matching) for text in CONTRAST]
-        sides.append(tuple(Text(one.ids[: one.label_at], -1, one.label_at) for one in whole))
+        sides.append(tuple(Text(item.ids[: item.label_at], -1, item.label_at) for item in whole))
     return sides  # type: ignore[return-value]
 
 
@@ -245,7 +245,7 @@ def test_mean_differences(at: str, size: int, case: Case, run_ranks: RunRanks) -
         elsewhere = Tap((tap.layer + 1) % found.n_layers, tap.point)
         wrong = [sides[0].mean(0), -expected, mean_gap(case, texts, elsewhere, at, 0)]
         wrong += [mean_gap(case, texts, tap, at, moved) for moved in MISREAD[at]]
-        assert all(miss(one, expected) > EFFECT * EXTRACTED for one in wrong)
+        assert all(miss(item, expected) > EFFECT * EXTRACTED for item in wrong)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -336,11 +336,11 @@ def test_methods(d: int, tmp_path: Path) -> None:
         fit = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(rows, [1] * 12 + [0] * 12)
         expected = {"pca": along(directions[0], mean), "logistic": along(fit.coef_[0], mean)}
         for method, vector in expected.items():
-            own = found[method].at(tap)
+            ours = found[method].at(tap)
             tolerance = SAME_STATES if method == "pca" else EXTRACTED
-            assert miss(own, vector) <= tolerance
-            assert own.double().numpy() @ mean > 0
-            unscaled = own / own.norm()
+            assert miss(ours, vector) <= tolerance
+            assert ours.double().numpy() @ mean > 0
+            unscaled = ours / ours.norm()
             assert miss(unscaled, vector) > EFFECT * tolerance
             assert miss(torch.from_numpy(mean), vector) > EFFECT * tolerance
         centred = np.linalg.svd(gaps - mean)[2][0]

@@ -53,23 +53,23 @@ def test_origin(
     directory: Path, model: Transformer, tokenizer: Tokenizer, run_ranks: RunRanks
 ) -> None:
     """The fingerprint is of the weights, on any number of ranks and in either dtype."""
-    own = model_fingerprint(model)
+    digits = model_fingerprint(model)
     found = extract(model, tokenizer, PLAIN, method="pca", at="mean", layers=[2])
     keys = tuple(pair.key for pair in PLAIN)
-    assert found.origin == Origin(own, "pca", "mean", n_pairs=2, pair_keys=keys)
-    assert found.n_layers == 3 and found.warning(own) is None
+    assert found.origin == Origin(digits, "pca", "mean", n_pairs=2, pair_keys=keys)
+    assert found.n_layers == 3 and found.warning(digits) is None
     for size in (2, 4):
         prints = run_ranks(size, lambda parallel: model_fingerprint(load(directory, parallel)))
-        assert set(prints) == {own}
-    assert model_fingerprint(load(directory, SINGLE).bfloat16()) == own
+        assert set(prints) == {digits}
+    assert model_fingerprint(load(directory, SINGLE).bfloat16()) == digits
     model.blocks[1].mlp_norm.weight[7] *= 1.02
-    assert model_fingerprint(model) != own
+    assert model_fingerprint(model) != digits
 
 
 def test_progress(model: Transformer, tokenizer: Tokenizer) -> None:
-    told: list[tuple[int, int]] = []
-    extract(model, tokenizer, SHORT, on_progress=lambda *counts: told.append(counts))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    seen: list[tuple[int, int]] = []
+    extract(model, tokenizer, SHORT, on_progress=lambda *counts: seen.append(counts))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.fixture

@@ -86,9 +86,9 @@ class Asked:
             matching, other = self.label_ids
             return logits[0][..., -1, matching] - logits[0][..., -1, other]
         sums = []
-        for ids, own in zip(self.texts, logits, strict=True):
-            targets = torch.tensor(ids[1:]).expand(*own.shape[:-2], -1)[..., None]
-            sums.append(own[..., :-1, :].log_softmax(-1).gather(-1, targets)[..., 0].sum(-1))
+        for ids, piece in zip(self.texts, logits, strict=True):
+            targets = torch.tensor(ids[1:]).expand(*piece.shape[:-2], -1)[..., None]
+            sums.append(piece[..., :-1, :].log_softmax(-1).gather(-1, targets)[..., 0].sum(-1))
         return sums[0] - sums[1]
 
 
@@ -237,14 +237,14 @@ def test_on_ranks(protocol: str, models: Any, run_ranks: Any) -> None:
     alone = {case: swept(model, pair, protocol) for case, pair in PAIRS.items()}
 
     def body(parallel: TensorParallel) -> dict[str, Tensor]:
-        own = load(directory, parallel)
-        return {case: swept(own, pair, protocol) for case, pair in PAIRS.items()}
+        piece = load(directory, parallel)
+        return {case: swept(piece, pair, protocol) for case, pair in PAIRS.items()}
 
     for size in (2, 4):
         found = run_ranks(size, body)
         for case, expected in alone.items():
-            for own in found:
-                assert torch.equal(own[case], found[0][case])
+            for piece in found:
+                assert torch.equal(piece[case], found[0][case])
             assert (found[0][case] - expected).abs().max() <= CHUNKING
 
 
@@ -287,13 +287,13 @@ def test_where_edits_begin(answers: tuple[str, str], before_label: str, before_a
     tokenizer = Tokenizer.from_directory(DEMO)
     pair = encode_pair(tokenizer, Pair("Question: x", *answers), PromptForm())
     item = Item.of(pair, "paper")
-    assert [len(own) for own in item.continuations] == [1]
+    assert [len(piece) for piece in item.continuations] == [1]
     assert tokenizer.decode(item.prefix + item.continuations[0]).endswith(before_label)
     assert item.label_ids == pair.label_ids
     item = Item.of(pair, "steering-bench")
     assert tokenizer.decode(item.prefix).endswith(before_answer)
-    for own, side in zip(item.continuations, (pair.matching, pair.other), strict=True):
-        assert item.prefix + own == side.ids
+    for piece, side in zip(item.continuations, (pair.matching, pair.other), strict=True):
+        assert item.prefix + piece == side.ids
     assert item.label_ids == pair.label_ids
 
 

@@ -83,20 +83,20 @@ def test_numbers_are_those_of_the_propensities() -> None:
     content = report.to_dict()
     assert content["best"] == {"layer": 4, "point": "mlp_norm"}
     for index, tap in enumerate(content["taps"]):
-        own, control = report.propensities[index], report.control[index]
+        steered, control = report.propensities[index], report.control[index]
         assert Tap(tap["layer"], tap["point"]) == report.taps[index]
-        for name, values in (("slope", own), ("control_slope", control)):
+        for name, values in (("slope", steered), ("control_slope", control)):
             wanted = dataclasses.asdict(summarize(values, MULTIPLIERS))
             assert tap[name] == pytest.approx(wanted, abs=FLOAT64)
         wanted = dict(
-            zip(("mean", "low", "high"), difference(own, control, MULTIPLIERS), strict=True)
+            zip(("mean", "low", "high"), difference(steered, control, MULTIPLIERS), strict=True)
         )
         assert tap["difference"] == pytest.approx(wanted, abs=FLOAT64)
-        assert tap["mean_curve"] == pytest.approx(own.mean(axis=0).tolist(), abs=FLOAT64)
+        assert tap["mean_curve"] == pytest.approx(steered.mean(axis=0).tolist(), abs=FLOAT64)
         assert tap["control_mean_curve"] == pytest.approx(control.mean(axis=0).tolist())
-        slopes = example_slopes(own, MULTIPLIERS).tolist()
+        slopes = example_slopes(steered, MULTIPLIERS).tolist()
         assert tap["example_slopes"] == pytest.approx(slopes, abs=FLOAT64)
-        assert np.array(tap["propensities"]) == pytest.approx(own, abs=1e-6)
+        assert np.array(tap["propensities"]) == pytest.approx(steered, abs=1e-6)
 
 
 def test_seed_is_that_of_the_bootstrap() -> None:

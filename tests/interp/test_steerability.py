@@ -138,14 +138,14 @@ def test_the_report_is_its_passes(protocol: str, model: Transformer, tokenizer: 
     assert done == [(number, 5) for number in range(1, 6)]
     encoded = encode_pairs(tokenizer, PAIRS, PromptForm())
     kinds = ((vectors, report.propensities), (vectors.random_like(3), report.control))
-    for own, found in kinds:
-        expected = np.stack([one_by_one(model, pair, own, protocol) for pair in encoded], 1)
+    for held, found in kinds:
+        expected = np.stack([one_by_one(model, pair, held, protocol) for pair in encoded], 1)
         assert np.abs(found - expected).max() <= LENS
         unsteered = expected[..., STEPS.index(0), None]
         assert (np.abs(expected - unsteered).max((1, 2)) > EFFECT * LENS).all()
         slopes = np.polyfit(STEPS, expected.reshape(-1, len(STEPS)).T, 1)[0]
         wanted = slopes.reshape(len(TAPS), len(PAIRS))
-        summaries = report.slopes if own is vectors else report.control_slopes
+        summaries = report.slopes if held is vectors else report.control_slopes
         for slope, each in zip(summaries, wanted, strict=True):
             assert slope.mean == pytest.approx(each.mean(), abs=LENS)
             assert slope.std == pytest.approx(each.std(ddof=1), abs=LENS)
@@ -189,26 +189,26 @@ def test_a_control_is_as_long_and_drawn_from_the_seed(
     def found(seed: int) -> SteerabilityReport:
         return steerability(model, tokenizer, PAIRS, made(), multipliers=STEPS, seed=seed)
 
-    one, again, other = found(1), found(1), found(2)
+    first_run, again, other = found(1), found(1), found(2)
     norms = tried[0].vectors.double().norm(dim=1)
     assert len(norms) == 2 * len(TAPS)
     torch.testing.assert_close(norms[: len(TAPS)], norms[len(TAPS) :], rtol=1e-6, atol=0)
     assert tried[0].scales.tolist() == [*(STEPS * (2 * len(TAPS))), 0]
     cosines = torch.nn.functional.cosine_similarity(*tried[0].vectors.chunk(2))
     assert (cosines.abs() < 0.7).all()  # 5 standard deviations of random directions in 48 dims
-    assert json.dumps(one.to_dict()) == json.dumps(again.to_dict())
-    assert np.array_equal(one.propensities, again.propensities)
-    assert np.array_equal(one.control, again.control)
-    assert np.array_equal(one.propensities, other.propensities)
-    assert np.abs(one.control - other.control).max() > EFFECT * LENS
+    assert json.dumps(first_run.to_dict()) == json.dumps(again.to_dict())
+    assert np.array_equal(first_run.propensities, again.propensities)
+    assert np.array_equal(first_run.control, again.control)
+    assert np.array_equal(first_run.propensities, other.propensities)
+    assert np.abs(first_run.control - other.control).max() > EFFECT * LENS
 
 
 def test_the_same_on_ranks(model: Transformer, tokenizer: Tokenizer, run_ranks: Any) -> None:
     def body(parallel: Any) -> SteerabilityReport:
-        own = Transformer(model.config, parallel=parallel)
-        init_weights(own, std=0.08)
-        own.eval().requires_grad_(False)
-        return steerability(own, tokenizer, PAIRS, made(), multipliers=STEPS)
+        held = Transformer(model.config, parallel=parallel)
+        init_weights(held, std=0.08)
+        held.eval().requires_grad_(False)
+        return steerability(held, tokenizer, PAIRS, made(), multipliers=STEPS)
 
     alone = steerability(model, tokenizer, PAIRS, made(), multipliers=STEPS)
     assert alone.accessibility is not None
@@ -229,8 +229,12 @@ def test_pairs_of_the_vectors_are_left_out(model: Transformer, tokenizer: Tokeni
     assert np.array_equal(report.propensities, plain.propensities)
     assert not any("left out" in warning for warning in plain.warnings)
     elsewhere = dataclasses.replace(origin, model="f" * 16)
-    told = steerability(model, tokenizer, rest, made(origin=elsewhere), multipliers=STEPS).warnings
-    assert "f" * 16 in told[0] and not any("left out" in warning for warning in told)
+    other_warnings = steerability(
+        model, tokenizer, rest, made(origin=elsewhere), multipliers=STEPS
+    ).warnings
+    assert "f" * 16 in other_warnings[0] and not any(
+        "left out" in warning for warning in other_warnings
+    )
 
 
 TWO_QUESTIONS = Pair("Question: x", " (A)", " (B)", other_question="Question: y")
