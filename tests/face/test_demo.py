@@ -247,7 +247,7 @@ def test_readme_says_how_steerable_it_is() -> None:
     for path in QUESTIONS:
         name = path.stem.removeprefix("dispositions-")
         result = json.loads((ROOT / f"bench/results/steer-{name}.json").read_text())
-        place, suggested = result["suggestion_place"], result["suggested"]
+        place, suggested = result["suggestion_rank"], result["suggested"]
         tap = next(
             tap
             for tap in result["taps"]
