@@ -224,7 +224,7 @@ class EditTable:
 
 def _write(table: Tensor, at: tuple[Tensor, Tensor], values: Sequence[float]) -> None:
     """Set a slot's table [Z, A] to zero but for `values` at the indices, in one copy."""
-    at_host = torch.zeros(table.shape, dtype=table.dtype)
+    host_table = torch.zeros(table.shape, dtype=table.dtype)
     if values:
-        at_host[at] = torch.tensor(values, dtype=table.dtype)
-    table.copy_(at_host)
+        host_table[at] = torch.tensor(values, dtype=table.dtype)
+    table.copy_(host_table)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig
+from ..model.points import Tap
 from ..model.transformer import Transformer
 from ..parallel.head_reduce import reduce_head
 from .lens_plan import LensPlan
@@ -85,8 +87,7 @@ class LensRecord:
 
     def add(self, plan: LensPlan, positions: list[int], targets: list[int], rows: Tensor) -> None:
         """Take in rows [n, taps of the plan, width] of n positions."""
-        columns = [plan.taps.index(tap) for tap in self.taps]
-        rows = best_candidates(rows[:, columns], self.spec.top_k)
+        rows = best_candidates(rows[:, _columns(plan, self.taps)], self.spec.top_k)
         if self.on_rows is not None:
             self.on_rows(positions, targets, rows)
             return
@@ -101,3 +102,9 @@ class LensRecord:
         """[T, P, width] int32; None where nothing was read."""
         pieces: Sequence[Tensor] = [*self._blocks, *self._recent]
         return torch.cat(list(pieces)) if pieces else None
+
+
+@lru_cache
+def _columns(plan: LensPlan, taps: tuple[Tap, ...]) -> list[int]:
+    """Where taps lie among those of a plan; asked for every token."""
+    return [plan.taps.index(tap) for tap in taps]

@@ -149,7 +149,7 @@ class Loop:
         if record.spec.targets is not None:
             on_device = torch.tensor(targets, device=states.device)
         rows = read_states(self.model, record.plan, states, on_device)
-        self.queue(rows, lambda at_host: record.add(record.plan, positions, targets, at_host))
+        self.queue(rows, lambda host_rows: record.add(record.plan, positions, targets, host_rows))
         self.drain(self.steps_behind)
 
     # Records of steps
@@ -231,8 +231,8 @@ class Loop:
         states = self.step.ring[: len(steps)].flatten(0, 1)
         rows = read_states(self.model, plan, states, self.step.ring_targets[: len(steps)].flatten())
 
-        def then(at_host: Tensor) -> None:
-            by_step = at_host.unflatten(0, (len(steps), -1)).flatten(2)
+        def then(host_rows: Tensor) -> None:
+            by_step = host_rows.unflatten(0, (len(steps), -1)).flatten(2)
             for fed, step_rows in zip(steps, by_step, strict=True):
                 self.take_rows(plan, fed, step_rows)
 

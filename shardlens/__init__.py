@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from .engine.sampling import Sampling
     from .engine.steering import Steering
     from .engine.vectors import SteeringVectors
+    from .interp.labels import PromptForm
     from .interp.pairs import Pair, read_pairs
-    from .interp.prompts import PromptForm
     from .interp.report import SteerabilityReport
     from .interp.trace import Trace
     from .language_model import LanguageModel, Result, load
@@ -49,7 +49,7 @@ else:
         "LensSpec": ".engine.lens_spec",
         "ModelConfig": ".model.config",
         "Pair": ".interp.pairs",
-        "PromptForm": ".interp.prompts",
+        "PromptForm": ".interp.labels",
         "Request": ".engine.request",
         "Result": ".language_model",
         "Sampling": ".engine.sampling",

@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     prompt = session.encode_prompt(arguments.prompt, chat=arguments.chat)
     lens = LensSpec() if arguments.out else None
     request = Request(prompt, arguments.max_new_tokens, sampling, lens=lens)
+    check_prompt(prompt, arguments.max_new_tokens, session.config)
     lm = session.load([request], capture=not arguments.eager)
-    check_prompt(prompt, arguments.max_new_tokens, session.config)  # before anything is printed
     session.console.print(f"[dim]{escape(arguments.prompt)}[/]", end="")
     printer = _Printer(session)
     result = lm.generate(request, on_token=printer.push, capture=not arguments.eager)

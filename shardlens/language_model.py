@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from .engine.sampling import GREEDY, Sampling
 from .engine.steering import Steering
 from .engine.vectors import SteeringVectors
 from .interp.extract import extract
+from .interp.labels import PromptForm
 from .interp.pairs import Pair
-from .interp.prompts import PromptForm
 from .interp.report import SteerabilityReport
 from .interp.slopes import MULTIPLIERS
 from .interp.steerability import steerability
@@ -50,6 +50,34 @@ class Result:
     trace: Trace | None = None
 
 
+class LensOptions(TypedDict, total=False):
+    """The options of `LanguageModel.lens`, for its overloads."""
+
+    points: Sequence[str]
+    layers: Layers
+    top_k: int
+    targets: str | int | None
+    positions: str
+    steering: Sequence[Steering]
+    max_batch: int | None
+    on_progress: OnProgress | None
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The options of `LanguageModel.generate`, for its overloads."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    lens: LensSpec | None
+    steering: Sequence[Steering]
+    stop_ids: Collection[int] | None
+    max_batch: int | None
+    on_token: OnToken | None
+    on_lens: OnLens | None
+    on_progress: OnProgress | None
+    capture: bool
+
+
 class LanguageModel:
     """A model to read, steer and continue texts with. See `shardlens.load`.
 
@@ -71,32 +99,14 @@ class LanguageModel:
 
     @overload
     def lens(  # type: ignore[overload-overlap]  # text is a sequence of text, and one prompt
-        self,
-        prompt: str | Sequence[int] | Tensor,
-        *,
-        points: Sequence[str] = ...,
-        layers: Layers = ...,
-        top_k: int = ...,
-        targets: str | int | None = ...,
-        positions: str = ...,
-        steering: Sequence[Steering] = ...,
-        max_batch: int | None = ...,
-        on_progress: OnProgress | None = ...,
+        self, prompt: Prompt, **options: Unpack[LensOptions]
     ) -> Trace: ...
 
     @overload
     def lens(
         self,
         prompt: Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor],
-        *,
-        points: Sequence[str] = ...,
-        layers: Layers = ...,
-        top_k: int = ...,
-        targets: str | int | None = ...,
-        positions: str = ...,
-        steering: Sequence[Steering] = ...,
-        max_batch: int | None = ...,
-        on_progress: OnProgress | None = ...,
+        **options: Unpack[LensOptions],
     ) -> list[Trace]: ...
 
     def lens(
@@ -127,37 +137,15 @@ class LanguageModel:
         return traces[0] if is_one else traces
 
     @overload
-    def generate(  # type: ignore[overload-overlap]  # as above
-        self,
-        prompt: str | Sequence[int] | Tensor | Request,
-        *,
-        max_new_tokens: int = ...,
-        sampling: Sampling = ...,
-        lens: LensSpec | None = ...,
-        steering: Sequence[Steering] = ...,
-        stop_ids: Collection[int] | None = ...,
-        max_batch: int | None = ...,
-        on_token: OnToken | None = ...,
-        on_lens: OnLens | None = ...,
-        on_progress: OnProgress | None = ...,
-        capture: bool = ...,
+    def generate(  # type: ignore[overload-overlap]  # text is a sequence of text, and one prompt
+        self, prompt: Prompt | Request, **options: Unpack[GenerateOptions]
     ) -> Result: ...
 
     @overload
     def generate(
         self,
         prompt: Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[Request],
-        *,
-        max_new_tokens: int = ...,
-        sampling: Sampling = ...,
-        lens: LensSpec | None = ...,
-        steering: Sequence[Steering] = ...,
-        stop_ids: Collection[int] | None = ...,
-        max_batch: int | None = ...,
-        on_token: OnToken | None = ...,
-        on_lens: OnLens | None = ...,
-        on_progress: OnProgress | None = ...,
-        capture: bool = ...,
+        **options: Unpack[GenerateOptions],
     ) -> list[Result]: ...
 
     def generate(

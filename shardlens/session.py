@@ -58,10 +58,8 @@ class Session:
                 return self.tokenizer.chat([{"role": "user", "content": prompt}])
             return self.tokenizer.encode(prompt)
 
-    def load(
-        self, requests: Sequence[Request], *, batch: int | None = None, capture: bool = True
-    ) -> LanguageModel:
-        """The model, if the requests fit beside it: all at once, or `batch` of them.
+    def load(self, requests: Sequence[Request], *, capture: bool = True) -> LanguageModel:
+        """The model, if the requests fit beside it, all at once.
 
         Texts that are only read count as requests for no new token. Raises ValueError, on every
         rank, before any memory is taken for weights.
@@ -70,7 +68,7 @@ class Session:
         target = Target(self.parallel, self.device, dtype)
         with agreed(self.parallel):
             planned = plan_requests(
-                self.config, requests, target, batch=batch or len(requests), capture=capture
+                self.config, requests, target, batch=len(requests), capture=capture
             )
             check_fits(planned, device_memory_bytes(self.device), self.options.model)
         # On its own: a rank that took memory already would leave the others less of it to check.

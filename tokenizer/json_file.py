@@ -17,8 +17,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise ValueError(
-            f"{path} cannot be read as JSON (broken json: {error}): fetch the file again"
+            f"{path}: cannot be read as JSON, broken json ({error}); fetch the file again"
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise ValueError(f"{path}: does not hold a JSON object")
     return content

@@ -69,10 +69,10 @@ def test_edits_and_taps_of_rows(size: int, tmp_path: Path, run_ranks: RunRanks) 
         for number, tap in enumerate(places):
             index = torch.full((4, 2), -1)
             index[number] = number
-            own_edits = Edits(
+            tap_edits = Edits(
                 vectors, torch.zeros(4, dtype=torch.int32), index.flatten(), torch.full((8,), 1.5)
             )
-            edits[tap.canonical] = (own_edits,)
+            edits[tap.canonical] = (tap_edits,)
         capture = RowTaps(taps, torch.arange(8), 48, dtype=model.dtype)
         run_branches(model, shared_prefix(model, shared), own, sink=capture, edits=TapEdits(edits))
         states = capture.states.unflatten(0, (4, 2))

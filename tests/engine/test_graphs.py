@@ -14,7 +14,7 @@ from running import requests_of
 from tolerances import PASSES
 
 import shardlens
-from shardlens.engine.engine import Engine
+from shardlens.engine.engine import StepCache
 from shardlens.engine.memory import CUBLAS_WORKSPACE_BYTES
 from shardlens.engine.runner import StepRunner
 from shardlens.engine.sampling import Sampling
@@ -81,9 +81,15 @@ def assert_same(ours: list[shardlens.Result], others: list[shardlens.Result]) ->
             assert torch.allclose(*pair, rtol=0, atol=PASSES, equal_nan=True), name
 
 
+def kept(model: Transformer) -> StepCache:
+    """The memory and the steps that the last run left."""
+    steps = _language_model(model)._engine.kept
+    assert steps is not None
+    return steps
+
+
 def assert_captured(model: Transformer) -> None:
-    assert isinstance(model.engine, Engine)
-    assert all(step.graph is not None for step in model.engine.steps.values())
+    assert all(step.graph is not None for step in kept(model).steps.values())
 
 
 # All that changes a step's shape.
@@ -133,7 +139,7 @@ def test_captured_equals_eager(
     options: dict[str, Any] = {
         "lens": LENSES[lens], "sampling": SAMPLINGS[sampling], "steering": STEERINGS[steering]
     }  # fmt: skip
-    model.engine = None
+    _language_model.cache_clear()
     captured = run(model, **options)
     assert_captured(model)
     assert_same(captured, run(model, **options, capture=False))
@@ -153,7 +159,7 @@ def test_changes_that_capture_nothing_anew(
         original(self)
 
     monkeypatch.setattr(StepRunner, "_capture", counted)
-    model.engine = None
+    _language_model.cache_clear()
     spec = shardlens.LensSpec(targets=3)
     vector = torch.randn(D)
     base: dict[str, Any] = {"lens": spec, "steering": [Steering(vector, [1], scale=0.0)]}
@@ -172,7 +178,7 @@ def test_changes_that_capture_nothing_anew(
     assert len(captures) == 1
     for options, result in zip(changed, results, strict=True):
         assert_same(result, run(model, **options, capture=False))
-    model.engine = None
+    _language_model.cache_clear()
     captures.clear()
     for top_k in (4, 5, 4, 5):
         run(model, lens=dataclasses.replace(spec, top_k=top_k))
@@ -190,7 +196,7 @@ def test_a_failed_capture_leaves_an_eager_run_and_a_sound_process(
         torch.cuda.current_stream().synchronize()  # which may not be captured
 
     before = torch.cuda.current_stream()
-    model.engine = None
+    _language_model.cache_clear()
     monkeypatch.setattr(DecodeStep, "read", waiting)
     with pytest.warns(UserWarning, match="cannot be captured.*when stream is capturing") as told:
         failed = [run(model) for _ in range(2)]
@@ -210,7 +216,7 @@ def test_a_capture_leaves_nothing_behind(model: Transformer) -> None:
     allocated, reserved = [], []
     run(model, capture=False)
     for _ in range(4):
-        model.engine = None
+        _language_model.cache_clear()
         run(model)
         assert_captured(model)
         torch.cuda.synchronize()
@@ -225,10 +231,9 @@ def test_a_capture_leaves_nothing_behind(model: Transformer) -> None:
 def test_memory_stays_flat_while_it_streams(model: Transformer) -> None:
     peaks = []
     for n_tokens in (40, 40, 100):  # the first run times configurations, which takes memory
-        model.engine = None
+        _language_model.cache_clear()
         torch.cuda.reset_peak_memory_stats()
         run(model, max_new_tokens=n_tokens, lens=shardlens.LensSpec(), on_lens=lambda *piece: None)
-        assert isinstance(model.engine, Engine)
-        cache = model.engine.cache
+        cache = kept(model).cache
         peaks.append(torch.cuda.max_memory_allocated() - 2 * cache.keys.nbytes)
     assert abs(peaks[2] - peaks[1]) <= 64 * 1024

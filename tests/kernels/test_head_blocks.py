@@ -16,13 +16,13 @@ from shardlens.kernels.launch import Chip
 
 ROOT = Path(__file__).resolve().parents[2]
 READERS = {
-    "kernels/head_stats_reference.py": {"HEAD_ROWS", "HEAD_LOGITS", "WIDENED_IDS"},
+    "kernels/head_stats_reference.py": {"HEAD_ROWS", "WIDENED_IDS", "head_block_ids"},
     "kernels/head_cut.py": {
         "HEAD_LEAST_ROWS", "HEAD_TILE_IDS", "HEAD_TILE_ROWS", "PROGRAMS_PER_PROCESSOR"
     },
     "kernels/head_stats.py": {"HEAD_TILE_ROWS"},
     "kernels/target_logits.py": {"HEAD_ROWS"},
-    "engine/memory.py": {"HEAD_ROWS", "HEAD_LOGITS", "HEAD_PROGRAMS", "HEAD_TILE_BYTES"},
+    "engine/memory.py": {"HEAD_ROWS", "HEAD_PROGRAMS", "HEAD_TILE_BYTES", "head_block_ids"},
 }  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def test_bad_checkpoints_are_refused_by_name(name: str, checkpoint: Path) -> Non
 
 
 def test_what_no_directory_and_no_hub_id_is() -> None:
-    with pytest.raises(ValueError, match="/no/such/place is no directory"):
+    with pytest.raises(ValueError, match="/no/such/place is not a directory"):
         find_model("/no/such/place", TensorParallel.single())
 
 
