@@ -214,7 +214,7 @@ import sys, threading
 from pathlib import Path
 import torch
 from shardlens.model import Transformer
-from shardlens.model.load import read_config
+from shardlens.model.source import read_config
 from shardlens.model.weights import Checkpoint, load_weights
 from shardlens.parallel.group import TensorParallel
 
