@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.plan import available_bytes
+from ..engine import available_bytes
 
 OnToken = Callable[[int], None]
 COMPONENTS = 4  # of a block: attention output, mid residual, MLP output, block output
@@ -214,6 +214,38 @@ def cached_greedy(hf: Any, prompt: list[int], n_tokens: int) -> Iterator[Tensor]
         cache = output.past_key_values
         ids = output.logits[:, -1].argmax(-1, keepdim=True)
         yield ids
+
+
+@torch.inference_mode()
+def read_with_moved_mlp_inputs(
+    hf: Any, prompt: list[int], token_ids: list[int], move: Tensor, top_k: int
+) -> RunOutput:
+    """The lens of a given continuation, with `move` [d] added to the MLP inputs at new tokens."""
+
+    def add(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, len(prompt) :] += move
+        return output
+
+    states: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        states.append(output[0, len(prompt) - 1 :])
+
+    hooks = []
+    for layer in hf.model.layers:
+        hooks.append(layer.post_attention_layernorm.register_forward_hook(add))
+        hooks.append(layer.register_forward_hook(keep))
+    try:
+        hf.model(torch.tensor([[*prompt, *token_ids[:-1]]], device=hf.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = torch.stack(states, 1)  # [T_new, L, d]
+    ids, logprobs = lens(hf, rows.flatten(0, 1), top_k)
+    return RunOutput(
+        token_ids, *(found.unflatten(0, rows.shape[:2]).cpu() for found in (ids, logprobs))
+    )
 
 
 def lens(hf: Any, states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

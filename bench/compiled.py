@@ -9,7 +9,6 @@ run with TRITON_INTERPRET set.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -22,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import implementation
-from ..kernels.launch import Chip, pretending
-from .ops import LAUNCHES
-from .report import emit, environment
+from ..kernels import Chip, implementation, pretending
+from .kernels import OPS
+from .report import argument_parser, emit, environment
+
+LAUNCHES = {name: launch for op in OPS.values() for name, launch in op.launches.items()}
 
 # A100; A10, RTX 30; L4, L40S, RTX 40; H100, H200; B200; RTX 50.
 CHIPS = {
@@ -175,10 +175,9 @@ def _dump(flag: str, file: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=sorted(CHIPS))
     parser.add_argument("--cases", nargs="+", choices=tuple(LAUNCHES), default=tuple(LAUNCHES))
-    parser.add_argument("--save", metavar="NAME", help="keep the result in bench/results/NAME.json")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: the interpreter compiles nothing")

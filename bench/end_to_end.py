@@ -28,11 +28,10 @@ from unittest.mock import patch
 
 import torch
 
+from ..engine import Plan, plan
 from ..engine.fit import Target
-from ..engine.plan import Plan, plan
 from ..model import ModelConfig, Transformer
 from ..parallel import TensorParallel
-from .end_to_end_checks import problems
 from .end_to_end_runs import (
     LENS,
     OURS,
@@ -46,11 +45,12 @@ from .end_to_end_runs import (
     all_runs,
     measure_times,
     peak_bytes,
+    problems,
     warm,
     without_what_does_not_fit,
 )
+from .models import model_config, random_model
 from .report import bandwidth_shares, environment, figure_or_none, print_verdicts, verdict
-from .shapes import model_config, random_model
 from .timing import Rates, measured_rates
 
 CHECKED_TOKENS = 8
@@ -93,7 +93,7 @@ def run(setup: Setup, parallel: TensorParallel) -> dict[str, Any]:
     result = described(setup, model.config, parallel, rates)
     for name, each in runs.items():
         sent = _sent_bytes(model, each, setup) if parallel.size > 1 else 0
-        result["impls"][name] = figures_of(times[name], peaks[name], sent, result, setup)
+        result["runs"][name] = figures_of(times[name], peaks[name], sent, result, setup)
     return result | {"left_out": left_out, "claims": verdicts(result)}
 
 
@@ -188,7 +188,7 @@ def described(
         "copy_gb_per_s": rates.copy_bytes_per_s / 1e9,
         "moved_bytes_per_token": planned.moved_bytes_per_token,
         "planned_above_weights_bytes": planned.total_bytes - planned.weights_bytes,
-        "impls": {},
+        "runs": {},
         "left_out": {},
         "claims": [],
     }
@@ -216,25 +216,25 @@ def _sent_bytes(model: Transformer, run: Run, setup: Setup) -> float:
 
 def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Each claim of which both sides were measured, its figure, and whether it is met."""
-    impls = dict(result["impls"])
+    runs = dict(result["runs"])
     for name in UNCACHED:
-        if name in impls:
-            impls.setdefault("baseline", impls[name])
+        if name in runs:
+            runs.setdefault("baseline", runs[name])
     on_gpu = result["device"] != "cpu"
     is_claimed = on_gpu or result["shape"] == CLAIMED_CPU_SHAPE
     found = []
     for text, ours, other, on_cpu_target, on_gpu_target in SPEEDS:
-        if ours in impls and other in impls:
-            figure = impls[ours]["tokens_per_s"] / impls[other]["tokens_per_s"]
+        if ours in runs and other in runs:
+            figure = runs[ours]["tokens_per_s"] / runs[other]["tokens_per_s"]
             target = on_gpu_target if on_gpu else on_cpu_target
             found.append(verdict(text, figure, target if is_claimed else None))
     for text, ours, other, target in MEMORIES:
-        if ours in impls and other in impls and impls[other]["peak_bytes"]:
-            figure = impls[ours]["peak_bytes"] / impls[other]["peak_bytes"]
+        if ours in runs and other in runs and runs[other]["peak_bytes"]:
+            figure = runs[ours]["peak_bytes"] / runs[other]["peak_bytes"]
             found.append(verdict(text, figure, target if is_claimed else None, below=True))
     shares = ("measured copy", "copy_bandwidth_share"), ("nominal", "nominal_bandwidth_share")
     for kind, name in shares:
-        share = impls[PLAIN][name] if PLAIN in impls else None
+        share = runs[PLAIN][name] if PLAIN in runs else None
         if share is not None:
             is_target = on_gpu and kind == "measured copy"
             target = LEAST_COPY_BANDWIDTH_SHARE if is_target else None
@@ -246,13 +246,13 @@ def print_result(result: dict[str, Any]) -> None:
     print(f"{'':26}{'':33}{'of measured':>16}{'of nominal':>13}")
     headings = ("tokens/s", "first, ms", "MiB")
     print(
-        f"{'impl':26}"
+        f"{'run':26}"
         + "".join(f"{heading:>11}" for heading in headings)
         + f"{'copy bandwidth':>16}{'bandwidth':>13}{'sent/token':>11}"
     )
-    for name, figures in result["impls"].items():
+    for name, figures in result["runs"].items():
         print(f"{name:26}{_line(figures)}")
-    if any(figures["extrapolated"] for figures in result["impls"].values()):
+    if any(figures["extrapolated"] for figures in result["runs"].values()):
         print("* extrapolated from single tokens at three lengths")
     for name, why in result["left_out"].items():
         print(f"left out: {name}: {why}")
@@ -271,13 +271,13 @@ def _line(figures: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """A PNG of speed and memory by implementation."""
-    names = list(result["impls"])
+    """A PNG of speed and memory by run."""
+    names = list(result["runs"])
     figure = figure_or_none(9, 0.5 * len(names) + 1.4)
     if figure is None:
         return
     speed, memory = figure.subplots(1, 2, sharey=True)
-    found = result["impls"].values()
+    found = result["runs"].values()
     panels = (
         (speed, "tokens/s", [figures["tokens_per_s"] for figures in found]),
         (memory, "MiB above weights", [figures["peak_bytes"] / 2**20 for figures in found]),

@@ -1,4 +1,4 @@
-"""The runs of `bench end-to-end`, by name, on the weights of one model; their time and memory."""
+"""The runs of `bench end-to-end`, by name: made on the weights of one model, checked, and timed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..engine import LensSpec, Steering
-from ..language_model import LanguageModel
+from ..engine import Engine, LensSpec, Request, Steering
+from ..interp import Trace
 from ..model import Transformer
-from .baselines import CachedLens, FaithfulBaseline, OnToken, PaperMethod, RunOutput
-from .shared_weights import as_transformers
-from .timing import by_turns, reset_peak, resident_bytes, spread, synchronize
+from .baselines import (
+    CachedLens,
+    FaithfulBaseline,
+    OnToken,
+    PaperMethod,
+    RunOutput,
+    read_with_moved_mlp_inputs,
+)
+from .models import as_transformers
+from .timing import by_turns, peak_resident_bytes, spread, synchronize
 
 TOP_K = 5
 UNCACHED = ("1 baseline", "2 baseline half")
 ORACLE = "3 transformers lens"  # that all other answers are held against
 PAPER, PAPER_BY_LAYER = "4 paper's method", "4 the same, by layer"
 PLAIN, LENS, STEERED = OURS = ("5 shardlens", "6 shardlens lens", "7 shardlens lens steered")
-
-STEERED_POINT = "mlp_norm"
-STEERING_SCALE = 1.0
 WARM_TOKENS = 3
 OTHER_DTYPE = "the weights are held in the other dtype"
+# Nats by which log-probs may differ, and within which two ids may change ranks. A half dtype
+# rounds every state on its way through the layers, and other kernels round it elsewhere.
+NATS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 # (prompt, new tokens, candidates kept, called with each token)
 Run = Callable[..., RunOutput]
@@ -35,7 +43,7 @@ OnFigures = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Setup:
-    """The task: a model of `shapes.py`, and how many tokens of what."""
+    """The task: a model of `models.py`, and how many tokens of what."""
 
     shape: str
     dtype: torch.dtype
@@ -69,7 +77,7 @@ class Setup:
 class OurRun:
     """Greedy generation; every block's resid_post is read live where there is a lens."""
 
-    lm: LanguageModel
+    engine: Engine
     lens: bool = False
     steering: Sequence[Steering] = ()
 
@@ -77,37 +85,41 @@ class OurRun:
         self, prompt: list[int], max_new_tokens: int, top_k: int, on_token: OnToken | None = None
     ) -> RunOutput:
         spec = LensSpec(top_k=top_k, targets=None, positions="generated")
-        result = self.lm.generate(
+        request = Request(
             prompt,
-            max_new_tokens=max_new_tokens,
-            lens=spec if self.lens else None,
+            max_new_tokens,
             steering=self.steering,
+            lens=spec if self.lens else None,
             stop_ids=(),
-            on_token=None if on_token is None else lambda request, token: on_token(token),
         )
-        if result.trace is None:
-            return RunOutput(result.token_ids, None, None)
-        return RunOutput(result.token_ids, result.trace.token_ids, result.trace.logprobs)
+        (found,) = self.engine.run(
+            [request], on_token=None if on_token is None else lambda number, token: on_token(token)
+        )
+        if found.record is None:
+            return RunOutput(found.tokens, None, None)
+        trace = Trace.from_record(found.record)
+        return RunOutput(found.tokens, trace.token_ids, trace.logprobs)
 
 
-def random_steering(model: Transformer) -> list[Steering]:
-    """One random vector, as long as a normed row, added at the MLP's input of all layers."""
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(model.config.d, generator=generator)
-    return [Steering(vector, point=STEERED_POINT, scale=STEERING_SCALE, positions="generated")]
+def random_vector(model: Transformer) -> Tensor:
+    """A vector [d] about as long as a normed row."""
+    return torch.randn(model.config.d, generator=torch.Generator().manual_seed(0))
 
 
 def all_runs(model: Transformer) -> dict[str, Run]:
-    """On several ranks only our own: the others run on one."""
-    ours = our_runs(LanguageModel(model))
+    """On several ranks only shardlens's: the others run on one."""
+    ours = our_runs(model)
     return ours if model.parallel.size > 1 else {**rival_runs(model), **ours}
 
 
-def our_runs(lm: LanguageModel) -> dict[str, Run]:
+def our_runs(model: Transformer) -> dict[str, Run]:
+    """One engine runs them all. Steering adds a vector to the MLP's input in all layers."""
+    engine = Engine(model)
+    steering = Steering(random_vector(model), point="mlp_norm", positions="generated")
     return {
-        PLAIN: OurRun(lm).run,
-        LENS: OurRun(lm, lens=True).run,
-        STEERED: OurRun(lm, lens=True, steering=random_steering(lm.model)).run,
+        PLAIN: OurRun(engine).run,
+        LENS: OurRun(engine, lens=True).run,
+        STEERED: OurRun(engine, lens=True, steering=[steering]).run,
     }
 
 
@@ -126,7 +138,7 @@ def without_what_does_not_fit(
 ) -> tuple[dict[str, Run], dict[str, str]]:
     """(runs, why the others are left out): rivals hold logits that a card may have no room for."""
     left_out = {name: OTHER_DTYPE for name in UNCACHED if name not in runs}
-    for name in (name for name in runs if name in UNCACHED):
+    for name in [name for name in UNCACHED if name in runs]:
         try:
             runs[name](setup.text(vocab_size, setup.sampled_lengths[-1]), 1, TOP_K, None)
         except (ValueError, torch.OutOfMemoryError) as error:
@@ -134,6 +146,69 @@ def without_what_does_not_fit(
             if setup.device.type == "cuda":
                 torch.cuda.empty_cache()
     return {name: run for name, run in runs.items() if name not in left_out}, left_out
+
+
+def problems(
+    model: Transformer, runs: dict[str, Run], prompt: list[int], n_tokens: int, top_k: int
+) -> dict[str, list[str]]:
+    """The problems of each run whose answers are wrong; empty where all is well.
+
+    Each is held against transformers, where that is among the runs. A lens that changes the text
+    is said of both runs that differ.
+    """
+    nats = NATS[model.dtype]
+    found: dict[str, list[str]] = {}
+    answers = {}
+    for name, run in runs.items():
+        n = 2 if name in UNCACHED else n_tokens  # without a cache each token takes seconds
+        answers[name] = run(prompt, n, top_k, None)
+    compared = [name for name in answers if name not in (ORACLE, PLAIN, STEERED)]
+    for name in compared if ORACLE in answers else ():
+        if difference := disagreement(answers[ORACLE], answers[name], nats):
+            found.setdefault(name, []).append(difference)
+    ours, plain, steered = (answers.get(name) for name in (LENS, PLAIN, STEERED))
+    if ours is not None and plain is not None and plain.token_ids != ours.token_ids:
+        for name in (PLAIN, LENS):
+            found.setdefault(name, []).append("the lens changes the text")
+    if steered is not None:
+        moved = ours is None or steered.token_ids != ours.token_ids
+        if ours is not None and not moved and _largest_gap(steered, ours) <= nats:
+            found.setdefault(STEERED, []).append("steering has no effect")
+        if model.parallel.size == 1:
+            move = random_vector(model).to(model.device, model.dtype)
+            hooked = read_with_moved_mlp_inputs(
+                as_transformers(model), prompt, steered.token_ids, move, top_k
+            )
+            if difference := disagreement(steered, hooked, nats):
+                found.setdefault(STEERED, []).append(f"steering against hooks: {difference}")
+    return found
+
+
+def disagreement(expected: RunOutput, found: RunOutput, nats: float) -> str | None:
+    """Where top-1 ids or log-probs differ by more than rounding explains, up to the first token
+    that a near tie turned.
+    """
+    assert expected.lens_ids is not None and expected.lens_logprobs is not None
+    assert found.lens_ids is not None and found.lens_logprobs is not None
+    pairs = zip(expected.token_ids, found.token_ids, strict=False)
+    for step, (expected_token, found_token) in enumerate(pairs):
+        logprobs = expected.lens_logprobs[step]  # [L, k]
+        margin = logprobs[:, 0] - logprobs[:, 1]
+        differs = expected.lens_ids[step, :, 0] != found.lens_ids[step, :, 0]
+        clear = differs & (margin > 2 * nats)
+        if clear.any():
+            return f"top-1 of new token {step} at layer {int(clear.nonzero()[0])}"
+        gap = (logprobs[:, 0] - found.lens_logprobs[step, :, 0]).abs().max()
+        if gap > nats:
+            return f"log-probs of new token {step} differ by {float(gap):.3g} nats"
+        if expected_token != found_token:
+            return None if margin[-1] <= 2 * nats else f"new token {step}"
+    return None
+
+
+def _largest_gap(a: RunOutput, b: RunOutput) -> float:
+    assert a.lens_logprobs is not None and b.lens_logprobs is not None
+    return float((a.lens_logprobs[:, -1] - b.lens_logprobs[:, -1]).abs().max())
 
 
 def warm(runs: dict[str, Run], setup: Setup, vocab_size: int) -> None:
@@ -193,7 +268,7 @@ def measure_times(
     for name in by_turns(list(samples), setup.rounds):
         samples[name].append(timed(runs[name], prompt, setup.new_tokens, setup.device))
         keep(name, _summary(samples[name], setup.new_tokens))
-    for name in (name for name in runs if name in UNCACHED):
+    for name in [name for name in UNCACHED if name in runs]:
         keep(name, _uncached(runs[name], setup, vocab_size))
     return found
 
@@ -237,7 +312,4 @@ def peak_bytes(run: Run, name: str, setup: Setup, vocab_size: int) -> int:
     if name in UNCACHED:  # its last token takes the most
         prompt, n_tokens = setup.text(vocab_size, setup.sampled_lengths[-1]), 1
     run(prompt[:2], 2, TOP_K, None)  # whatever is set up once
-    reset_peak()
-    before = resident_bytes("VmRSS")
-    run(prompt, n_tokens, TOP_K, None)
-    return resident_bytes("VmHWM") - before
+    return peak_resident_bytes(lambda: run(prompt, n_tokens, TOP_K, None))

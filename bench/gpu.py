@@ -28,9 +28,9 @@ from pathlib import Path
 
 from . import gpu_claims, gpu_end_to_end, gpu_truth
 from .kernel_report import full_environment
-from .processes import ENVIRONMENT, GRACE_SECONDS, Group, ended, exit_on_sigterm
+from .models import CPU_SHAPES, N_LAYERS
+from .processes import ENVIRONMENT, GRACE_SECONDS, Program, ended, exit_on_sigterm
 from .report import RESULTS, Journal, card, is_finished, mark_end
-from .shapes import CPU_SHAPES, N_LAYERS
 
 STAGES = ("truth", "claims", "end-to-end")
 MINUTES_PER_STAGE = 9.0
@@ -79,7 +79,7 @@ def start_stage(
     command += ["--seconds", str(seconds)]
     command += [] if truth is None else ["--truth", str(truth)]
     command += ["--shapes", ",".join(shapes)] if shapes else []
-    code = Group(command).wait(time.monotonic() + seconds)
+    code = Program(command).wait(time.monotonic() + seconds)
     if not is_finished(file):
         mark_end(file, ended(code))
         print(f"stage {stage} did not come to its end: {ended(code)}", flush=True)

@@ -1,6 +1,6 @@
 """Stage claims: the operations, checked and measured beside their rivals at the claims' shapes.
 
-First the checks: the tests of the kernels, one process a file, and beside them checks at odd
+First the checks: the tests of the kernels, one process per file, and beside them checks at odd
 shapes here; every shape that is timed is checked once more before it. An operation with a red test
 or check is not measured, and what was measured of it is thrown away; all others are. Then the
 shapes that the claims name, then the rest of the full grid as far as the time goes.
@@ -12,38 +12,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..model.load import default_device
-from . import gpu_suite
-from .kernel_report import paths_text, plot, print_case, rates_and_noise
-from .kernels import Bench, Checker, RedCheck, impls_of, measure
-from .op import OURS, Case, Claim, Row, label
-from .ops import OPS, cases, claims, shrunken
-from .report import Journal, first_line
-from .shapes import default_dtype
+from .kernel_report import paths_text, plot, print_case, print_rates, rates_and_noise
+from .kernels import OPS, Bench, RedCheck, cases, impls_of, measure
+from .models import default_dtype
+from .op import OURS, Case, Checker, Claim, Row, label
+from .processes import kernel_files, run_tests
+from .report import Journal, first_line, print_verdicts, verdict
 from .timing import one_thread, synchronize
 
-TEST_SHARE = 0.4  # of the time, at most, for the tests
 REHEARSAL_SECONDS = 0.05  # of a case
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The worst figure of the cases that were measured, and their number."""
-
-    text: str
-    target: str
-    figure: float | None
-    unit: str
-    worst_case: str
-    measured: int
-    of: int
-    # None: on a CPU, which decides nothing; or not all were measured, and those that were are well
-    met: bool | None
+# Sizes of a case that a CPU does in no time.
+REHEARSED = {"rows": 64, "d": 128, "f": 256, "V": 2048, "H": 4, "K": 2, "T": 16, "S": 160}
 
 
 def run(journal: Journal, deadline: float, truth: Path | None) -> None:
@@ -63,17 +49,11 @@ def run(journal: Journal, deadline: float, truth: Path | None) -> None:
 
 
 def check(journal: Journal, device: torch.device, deadline: float, truth: Path | None) -> None:
-    files = gpu_suite.kernel_files()
-    known = gpu_suite.results_of(truth, files)
-    with gpu_suite.TestRun([] if known is not None else files) as tests:
+    def odd() -> None:
         for op, problem in odd_checks(device).items():
             journal.add_red(op, problem)
-        if known is None:
-            now = time.monotonic()
-            known = tests.wait(now + TEST_SHARE * (deadline - now), gpu_suite.print_result)
-    journal.record(tests=known)
-    for op, failed in gpu_suite.red_of(known).items():
-        journal.add_red(op, *failed)
+
+    run_tests(journal, kernel_files(), deadline, truth, meanwhile=odd)
     for op in OPS:
         print(f"check {op}: {'RED' if op in journal.content['red'] else 'green'}", flush=True)
 
@@ -82,17 +62,34 @@ def check(journal: Journal, device: torch.device, deadline: float, truth: Path |
 def odd_checks(device: torch.device) -> dict[str, str]:
     """The first problem at odd shapes, by operation."""
     red: dict[str, str] = {}
-    for case in (case for op in OPS.values() for case in op.odd_cases):
-        case = replace(case, dtype=default_dtype(device))
+    for given in (case for op in OPS.values() for case in op.odd_cases):
+        op, case = OPS[given.op], replace(given, dtype=default_dtype(device))
         try:
-            given = OPS[case.op].make(case, device)
             ours = impls_of(case, device, compiled=False)[OURS]
-            problem = Checker(case, given).problem(OURS, ours)
+            problem = Checker(op, case, op.make(case, device)).problem(OURS, ours)
         except Exception as error:  # a kernel that does not compile, say
             problem = first_line(error)
         if problem is not None:
             red.setdefault(case.op, f"{case.label}: {problem}")
     return red
+
+
+def claims(rehearsed: bool) -> list[Claim]:
+    """All claims, fewest cases first, so that as many as possible are decided in the time.
+
+    rehearsed: at shapes that a CPU does in no time.
+    """
+    made = sorted(
+        (claim for op in OPS.values() for claim in op.claims()), key=lambda claim: len(claim.cases)
+    )
+    if not rehearsed:
+        return made
+    return [replace(claim, cases=[shrunken(case) for case in claim.cases]) for claim in made]
+
+
+def shrunken(case: Case) -> Case:
+    sizes = {name: min(size, REHEARSED.get(name, size)) for name, size in case.sizes.items()}
+    return replace(case, sizes=sizes, dtype=torch.float32)
 
 
 def planned(made: list[Claim], on_cpu: bool) -> Iterator[tuple[Case, bool]]:
@@ -132,10 +129,9 @@ def measure_green(journal: Journal, bench: Bench, made: list[Claim], deadline: f
 
 
 def _keep(journal: Journal, bench: Bench, made: list[Claim]) -> None:
-    found = verdicts(made, bench.rows, journal.content["decides"])
     journal.record(
         **rates_and_noise(bench),
-        claims=[asdict(verdict) for verdict in found],
+        claims=verdicts(made, bench.rows, journal.content["decides"]),
         rows=bench.rows,
         left_out=bench.left_out,
         skipped=bench.skipped,
@@ -152,54 +148,29 @@ def _answers(device: torch.device) -> bool:
 
 
 def _print_end(journal: Journal, bench: Bench, made: list[Claim]) -> None:
-    for what, why in bench.left_out.items():
-        print(f"left out: {what}: {why}")
+    print_rates(bench)
     for op, found in journal.content["red"].items():
         print(f"left out: {op}: {'; '.join(found)}")
     if bench.skipped:
         print(f"out of time: {len(bench.skipped)} cases skipped, first {bench.skipped[0]}")
-    rates = rates_and_noise(bench)
-    print(
-        f"copy {rates['copy_gb_per_s']} GB/s, matrix product {rates['matrix_tflop_per_s']} "
-        f"TFLOP/s, noise {rates['noise_median']} (median), {rates['noise_worst']} (worst)"
-    )
     print_verdicts(verdicts(made, bench.rows, journal.content["decides"]))
 
 
-def verdicts(made: Sequence[Claim], rows: Sequence[Row], decides: bool) -> list[Verdict]:
+def verdicts(made: Sequence[Claim], rows: Sequence[Row], decides: bool) -> list[dict[str, Any]]:
     by_case: dict[str, dict[str, Row]] = {}
     for row in rows:
         name = label(row["op"], row["variant"], row["shape"])
         by_case.setdefault(name, {})[row["impl"]] = row
-    found = [_verdict(claim, by_case) for claim in made]
-    return found if decides else [replace(verdict, met=None) for verdict in found]
+    return [_verdict(claim, by_case, decides) for claim in made]
 
 
-def _verdict(claim: Claim, by_case: dict[str, dict[str, Row]]) -> Verdict:
+def _verdict(claim: Claim, by_case: dict[str, dict[str, Row]], decides: bool) -> dict[str, Any]:
+    """The verdict on the worst figure of the cases that were measured."""
     labels = list(dict.fromkeys(case.label for case in claim.cases))
     figures = {label: claim.figure(by_case[label]) for label in labels if label in by_case}
-    bound = f"{claim.target:.0%}" if claim.unit == "%" else f"{claim.target:g}{claim.unit}"
-    target = f"{'below' if claim.below else 'at least'} {bound}"
-    if not figures:
-        return Verdict(claim.text, target, None, claim.unit, "", 0, len(labels), None)
-    worst = (max if claim.below else min)(figures, key=lambda label: figures[label])
-    figure = figures[worst]
-    reached = figure < claim.target if claim.below else figure >= claim.target
-    met = reached if not reached or len(figures) == len(labels) else None
-    measured = len(figures)
-    figure = round(figure, 5)
-    return Verdict(claim.text, target, figure, claim.unit, worst, measured, len(labels), met)
-
-
-def print_verdicts(found: Sequence[Verdict]) -> None:
-    for verdict in found:
-        word = {True: "met", False: "NOT MET", None: "not decided"}[verdict.met]
-        figure = "-"
-        if verdict.figure is not None:
-            is_share = verdict.unit == "%"
-            figure = f"{verdict.figure:.2%}" if is_share else f"{verdict.figure:.2f}{verdict.unit}"
-        print(
-            f"{verdict.text:80} {figure:>10}  {verdict.target:14} "
-            f"{word:12} {verdict.measured} of {verdict.of}  "
-            f"{verdict.worst_case if verdict.of > 1 else ''}"
-        )
+    worst = (max if claim.below else min)(figures, key=lambda label: figures[label], default=None)
+    figure = None if worst is None else figures[worst]
+    found = verdict(claim.text, figure, claim.target, claim.below, claim.unit)
+    if not decides or (found["met"] and len(figures) < len(labels)):
+        found["met"] = None  # the cases that are missing may still miss the target
+    return found | {"worst_case": worst, "measured": len(figures), "of": len(labels)}

@@ -20,12 +20,10 @@ from typing import Any
 
 import torch
 
-from ..engine.plan import check_fits, device_memory_bytes
-from ..language_model import LanguageModel
+from ..engine import check_fits, device_memory_bytes
 from ..model import Transformer
 from ..model.load import default_device
 from ..parallel import TensorParallel
-from . import gpu_suite
 from .end_to_end import (
     CHECKED_TOKENS,
     SECONDS_FOR_RATES,
@@ -37,7 +35,6 @@ from .end_to_end import (
     print_result,
     verdicts,
 )
-from .end_to_end_checks import problems
 from .end_to_end_runs import (
     ORACLE,
     OURS,
@@ -48,20 +45,21 @@ from .end_to_end_runs import (
     Setup,
     measure_times,
     our_runs,
+    problems,
     rival_runs,
     timed,
     warm,
     without_what_does_not_fit,
 )
+from .models import CPU_SHAPES, N_LAYERS, default_dtype, model_config
+from .processes import CAPTURED_STEPS, CAPTURED_TESTS, run_tests
 from .report import Journal, first_line
-from .shapes import CPU_SHAPES, N_LAYERS, default_dtype, model_config
 from .timing import Rates, measured_rates
 
 SHAPES = {"cuda": ("llama-3.1-8b", "qwen3-4b", "qwen3-14b"), "cpu": ("cpu-small",)}
 RIVAL_SHAPES = (*N_LAYERS, *CPU_SHAPES)  # whose rivals come first
 TOKENS = {"cuda": (64, 1500), "cpu": (8, 4)}  # prompt and new ones
 ROUNDS = 2
-TEST_SHARE = 0.3  # of the time, at most, for the tests
 # Of a shape, beside the timed runs: making it, checks, compiling and capturing.
 OVERHEAD_SECONDS = {"cuda": 20.0, "cpu": 1.0}
 EXPECTED_COPY_SHARE = 0.6  # that our runs reach at least
@@ -72,22 +70,10 @@ def run(journal: Journal, deadline: float, truth: Path | None, shapes: Sequence[
     device = default_device()
     shapes = shapes or SHAPES[device.type]
     with journal.step("tests of captured steps"):
-        check_captured_steps(journal, deadline, truth)
+        run_tests(journal, [CAPTURED_TESTS], deadline, truth)
     with journal.step("rates"):
         rates = measured_rates(device, default_dtype(device), SECONDS_FOR_RATES)
         measure(journal, deadline, shapes, device, rates)
-
-
-def check_captured_steps(journal: Journal, deadline: float, truth: Path | None) -> None:
-    files = [gpu_suite.CAPTURED_TESTS]
-    known = gpu_suite.results_of(truth, files)
-    if known is None:
-        now = time.monotonic()
-        with gpu_suite.TestRun(files) as tests:
-            known = tests.wait(now + TEST_SHARE * (deadline - now), gpu_suite.print_result)
-    journal.record(tests=known)
-    for what, failed in gpu_suite.red_of(known).items():
-        journal.add_red(what, *failed)
 
 
 def measure(
@@ -157,7 +143,7 @@ class Shape:
     @torch.inference_mode()
     def measure_ours(self) -> None:
         """By turns, each held against transformers before."""
-        red = self._journal.content["red"].get(gpu_suite.CAPTURED_STEPS)
+        red = self._journal.content["red"].get(CAPTURED_STEPS)
         if red:
             self._leave_out(OURS, f"tests of captured steps are red: {', '.join(red)}")
             return
@@ -165,7 +151,7 @@ class Shape:
             self._leave_out(OURS, f"out of time: about {self._our_seconds():.0f} s for them")
             return
         model = self._made()
-        runs = {ORACLE: rival_runs(model)[ORACLE], **our_runs(LanguageModel(model))}
+        runs = {ORACLE: rival_runs(model)[ORACLE], **our_runs(model)}
         self._now("checks of our runs")
         ours = self._green(model, runs, OURS)
         warm(ours, self._setup, self._vocab_size)
@@ -236,7 +222,7 @@ class Shape:
     def _time(self, model: Transformer, runs: dict[str, Run], setup: Setup) -> None:
         def keep(name: str, times: dict[str, Any]) -> None:
             peak = peak_above_weights(model, name, runs[name], setup, times) - self._beside
-            self.result["impls"][name] = figures_of(times, peak, 0, self.result, setup)
+            self.result["runs"][name] = figures_of(times, peak, 0, self.result, setup)
             self.result["claims"] = verdicts(self.result)
             self._journal.write()
             print(f"{self.name}: {name}: {times['tokens_per_s']:.3f} tokens/s", flush=True)

@@ -11,10 +11,9 @@ the bf16 baseline slow: `product_gflops` tells. Linux only.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import head_stats_reference
-from .report import emit, environment
-from .timing import by_turns, reset_peak, resident_bytes, spread
+from .report import argument_parser, emit, environment
+from .timing import peak_resident_bytes, seconds_by_turns, spread
 
 ROWS, WIDTH, TOP_K = 512, 1024, 5
 SHAPES = [(dtype, vocab) for dtype in ("float32", "bfloat16") for vocab in (32_000, 128_256)]
@@ -74,26 +73,13 @@ def check(x: Tensor, weight: Tensor) -> dict[str, float]:
     }
 
 
-def seconds(x: Tensor, weight: Tensor, rounds: int) -> dict[str, list[float]]:
-    """The times of both, by turns, after one round that does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in IMPLS}
-    for name in by_turns(list(IMPLS), rounds + 1):
-        started = time.perf_counter()
-        IMPLS[name](x, weight)
-        taken[name].append(time.perf_counter() - started)
-    return {name: values[1:] for name, values in taken.items()}
-
-
 def peak_bytes(impl: str, dtype: str, vocab: int) -> int:
     """Resident memory that one call adds at its peak. Call it in a fresh process."""
     torch.set_num_threads(1)
     x, weight = problem(dtype, vocab)
     with torch.inference_mode():
         IMPLS[impl](x[:2], weight[:BLOCK])  # whatever is set up once
-        reset_peak()
-        before = resident_bytes("VmRSS")
-        IMPLS[impl](x, weight)
-    return resident_bytes("VmHWM") - before
+        return peak_resident_bytes(lambda: IMPLS[impl](x, weight))
 
 
 def fresh_peak_bytes(impl: str, dtype: str, vocab: int) -> int:
@@ -104,18 +90,16 @@ def fresh_peak_bytes(impl: str, dtype: str, vocab: int) -> int:
 def product_gflops(dtype: str) -> float:
     """Speed of the plain product in a dtype, to tell native bf16 from emulated."""
     x, weight = problem(dtype, BLOCK)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        x @ weight.T
-        best = min(best, time.perf_counter() - start)
-    return 2 * ROWS * WIDTH * BLOCK / best / 1e9
+    taken = seconds_by_turns({"product": lambda: x @ weight.T}, 4, x.device)["product"]
+    return 2 * ROWS * WIDTH * BLOCK / min(taken) / 1e9
 
 
 def measure(dtype: str, vocab: int, rounds: int) -> dict[str, Any]:
     x, weight = problem(dtype, vocab)
     errors = check(x, weight)
-    taken = seconds(x, weight, rounds)
+    runs = {name: partial(impl, x, weight) for name, impl in IMPLS.items()}
+    # the first round does not count
+    taken = {name: s[1:] for name, s in seconds_by_turns(runs, rounds + 1, x.device).items()}
     ratios = [ours / theirs for ours, theirs in zip(taken["streamed"], taken["full"], strict=True)]
     peaks = {impl: fresh_peak_bytes(impl, dtype, vocab) for impl in IMPLS}
     return {
@@ -140,8 +124,7 @@ def row(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", metavar="NAME", help="keep the result in bench/results/NAME.json")
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds, at least 2")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -12,11 +12,10 @@ import torch
 
 from ..engine.files import replacing
 from ..kernels.triton_shim import HAS_TRITON
-from .kernels import Bench, measure, rival_versions
+from .kernels import Bench, cases, measure, rival_versions
+from .models import default_dtype
 from .op import OURS, Case, Row, label
-from .ops import cases
 from .report import RESULTS, emit, environment, figure_or_none
-from .shapes import default_dtype
 from .timing import one_thread
 
 COLUMNS = (
@@ -45,13 +44,7 @@ def run_grid(
         for case in chosen:
             print_case(case, measure(bench, case))
         result = summary(bench) | {"grid": grid}
-    print(
-        f"copy {result['copy_gb_per_s']} GB/s, matrix product {result['matrix_tflop_per_s']} "
-        f"TFLOP/s; two timings of one implementation differ by {result['noise_median']:.1%} "
-        f"(median), {result['noise_worst']:.1%} (worst)"
-    )
-    for what, why in bench.left_out.items():
-        print(f"left out: {what}: {why}")
+    print_rates(bench)
     if save is not None:
         RESULTS.mkdir(exist_ok=True)
         write_csv(bench, result, RESULTS / f"{save}.csv")
@@ -61,7 +54,7 @@ def run_grid(
 
 
 def paths_text(device: torch.device) -> str:
-    """Which code ran, for people."""
+    """The code that ran, for people."""
     if device.type == "cpu":
         return (
             "CPU paths (PyTorch references) on one thread: they say little of the kernels on a GPU"
@@ -122,6 +115,21 @@ def rates_and_noise(bench: Bench) -> dict[str, Any]:
         "noise_median": round(statistics.median(noise), 4) if noise else None,
         "noise_worst": max(noise) if noise else None,
     }
+
+
+def print_rates(bench: Bench) -> None:
+    """The machine's rates, how far to trust the figures, and what has none."""
+    rates = rates_and_noise(bench)
+    print(
+        f"copy {rates['copy_gb_per_s']} GB/s, matrix product {rates['matrix_tflop_per_s']} TFLOP/s"
+    )
+    if bench.rows:
+        print(
+            f"two timings of one implementation differ by {rates['noise_median']:.1%} (median), "
+            f"{rates['noise_worst']:.1%} (worst)"
+        )
+    for what, why in bench.left_out.items():
+        print(f"left out: {what}: {why}")
 
 
 def write_csv(bench: Bench, result: dict[str, Any], path: Path) -> None:

@@ -7,6 +7,10 @@
 
 Nothing is timed that does not compute what it should, see `Checker`.
 
+    python -m shardlens.bench.kernels
+
+makes small calls with all that each operation can be asked, for compute-sanitizer.
+
 GB/s and TFLOP/s are what the operation must move and compute, see `op.py`, over p50: an
 implementation that moves more has that much less. The floor of a case is the longer of bytes over
 the measured copy bandwidth and operations over the measured matrix rate; `roofline_share` is floor
@@ -18,18 +22,20 @@ is what two timings of ours, taken in turn with the others, differ by.
 from __future__ import annotations
 
 import importlib.metadata
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from .op import COMPILED, EAGER, OURS, Case, Cost, Given, Impl, Results, Row, chosen_rows
-from .ops import OPS
+from ..model.load import default_device
+from .models import GRIDS, default_dtype
+from .op import COMPILED, EAGER, OURS, Case, Checker, Cost, Given, Impl, New, Op, Row
+from .op_attention import AttentionOp
+from .op_head import HeadOp
+from .op_rmsnorm import NormOp
+from .op_rope import RopeOp
+from .op_swiglu import SwigluOp
 from .report import bandwidth_shares
-from .shapes import default_dtype
 from .timing import (
     Rates,
     Run,
@@ -38,7 +44,12 @@ from .timing import (
     measured_rates,
     peak_extra_bytes,
     set_count,
+    synchronize,
 )
+
+OPS: dict[str, Op] = {
+    op.name: op for op in (NormOp(), SwigluOp(), RopeOp(), AttentionOp(), HeadOp())
+}
 
 SECONDS_PER_CASE = {"cuda": 0.5, "cpu": 2.0}
 SECONDS_FOR_RATES = 2.0
@@ -47,11 +58,19 @@ LEFT_OUT_WIDTH = 160  # of an error's text
 # Liger-Kernel (norm, gated activation) and cut-cross-entropy (log-sum-exp of the head) are Triton,
 # quack (norm) is CuTe. All need CUDA; they are called forward only, by what their own modules use.
 RIVAL_PACKAGES = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
-CHECKED_ROWS = 64
-WORST = 2.0  # times the error of the PyTorch expression
-MEAN = 1.01
-HALF_SLACK = 4 * torch.finfo(torch.float32).eps
-RIVAL_RELATIVE = 1e-2  # norm of the error over norm of the truth
+
+
+def cases(
+    grid: str, ops: Iterable[str] = tuple(OPS), dtype: torch.dtype = torch.bfloat16
+) -> list[Case]:
+    """The distinct cases of a grid, by operation. Raises ValueError for an unknown name."""
+    if grid not in GRIDS:
+        raise ValueError(f"grid {grid}: there are {', '.join(GRIDS)}")
+    ops = tuple(ops)
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"operation {op}: there are {', '.join(OPS)}")
+    return [case for op in ops for case in OPS[op].cases(GRIDS[grid], dtype)]
 
 
 class RedCheck(RuntimeError):
@@ -141,10 +160,10 @@ def measure(
 
 
 def _green_impls(bench: Bench, case: Case, impls: dict[str, Impl], given: Given) -> dict[str, Impl]:
-    """Those whose results are right. A rival that fails or is wrong is left out, and named."""
+    """The implementations that are right. A rival that fails or is wrong is left out, and named."""
     for name, why in rivals_of(case)[1].items():
         bench.left_out[f"{case.op} {case.variant}: {name}"] = why
-    checker = Checker(case, given)
+    checker = Checker(OPS[case.op], case, given)
     green = {}
     for name, impl in impls.items():
         try:
@@ -196,90 +215,15 @@ def _shares(bytes_per_s: float, bench: Bench) -> Row:
     return {name: None if share is None else round(share, 4) for name, share in shares.items()}
 
 
-class Checker:
-    """The truth for one set of arguments, to hold several implementations against.
-
-    Errors are relative to the largest value of their row, so that rows of large values excuse
-    nothing elsewhere. A bf16 result of ours may err, on average, as the same-dtype PyTorch
-    expression does; a single number may err twice as much as that expression at its worst, since
-    where two roundings follow each other, the last bit of a sum before them can turn both. float32
-    results are held to float32 sums in any order, see `Op.float_slack`. A rival, which may round in
-    another order, may miss the truth by RIVAL_RELATIVE in all.
-    """
-
-    def __init__(self, case: Case, given: Given) -> None:
-        self._op, self._given = OPS[case.op], given
-        device = next(x.device for x in given.values() if isinstance(x, Tensor))
-        self._float_slack = self._op.float_slack(case, device)
-        has_rows = "rows" in case.sizes
-        self._rows = chosen_rows(case.sizes["rows"], CHECKED_ROWS) if has_rows else None
-        part = given if self._rows is None else self._op.on_rows(given, self._rows)
-        self._truth, self._plain = self._op.truth(part), self._op.plain(part)
-
-    def problem(self, name: str, impl: Impl) -> str | None:
-        """The first thing wrong with an implementation's results; None if nothing is."""
-        if name != OURS:
-            return self._rival_problem(self._checked(self._op.results(impl, self._given)))
-        with _poisoned_memory():
-            found, again = (self._op.results(impl, self._given) for _ in range(2))
-        for result in self._op.result_names:
-            if not torch.equal(found[result], again[result]):  # NaN, too, is unequal
-                return f"{result} differs between two runs, or is NaN"
-        return self._our_problem(self._checked(found))
-
-    def _checked(self, results: Results) -> Results:
-        if self._rows is None:
-            return results
-        return {name: value[self._rows] for name, value in results.items()}
-
-    def _our_problem(self, found: Results) -> str | None:
-        plain = dict(self._plain)
-        if "token_ids" in found:
-            for results in (found, plain):
-                logits_of_ids = self._truth["all_logits"].gather(-1, results["token_ids"])
-                results["token_ids"] = logits_of_ids
-        for name in self._op.result_names:
-            truth = self._truth["logits" if name == "token_ids" else name]
-            if problem := _excess(found[name], plain[name], truth, self._float_slack):
-                return f"{name} {problem}"
-        return None
-
-    def _rival_problem(self, found: Results) -> str | None:
-        for name, value in found.items():
-            if name != "token_ids":
-                truth = self._truth["all_logits" if name == "product" else name]
-                error = (value.double() - truth).norm() / truth.norm()
-                if not error <= RIVAL_RELATIVE:  # NaN is not either
-                    return f"{name} misses float64 by {error.item():.2g} of its norm"
-        return None
+@torch.no_grad()
+def main() -> None:
+    device = default_device()
+    torch.manual_seed(0)
+    for op in OPS.values():
+        op.sanitize(New(device, default_dtype(device)))
+        synchronize(device)
+    print("done")
 
 
-def _excess(found: Tensor, plain: Tensor, truth: Tensor, float_slack: float) -> str | None:
-    """By how much `found` is worse than it may be; None if it is not."""
-    if found.ndim == 1:
-        found, plain, truth = found[:, None], plain[:, None], truth[:, None]
-    scale = truth.abs().amax(-1, keepdim=True)
-    error, allowed = ((x.double() - truth).abs() / scale for x in (found, plain))
-    slack = float_slack if found.dtype in (torch.float32, torch.float64) else HALF_SLACK
-    worst, allowed_worst = error.max().item(), WORST * allowed.max().item() + slack
-    mean, allowed_mean = error.mean().item(), MEAN * allowed.mean().item() + slack
-    if worst <= allowed_worst and mean <= allowed_mean:
-        return None
-    return (
-        f"misses float64 by {worst:.3g} at most and {mean:.3g} on average, "
-        f"where {allowed_worst:.3g} and {allowed_mean:.3g} are allowed"
-    )
-
-
-@contextmanager
-def _poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN, so that what a kernel leaves unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of operators that have no deterministic version
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,10 @@ The truth is the operation in float64 without roundings on the way.
 from __future__ import annotations
 
 import importlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -23,13 +25,18 @@ import torch
 from torch import Tensor
 
 from ..kernels import MODES, Edits
-from .shapes import MODELS, Grid, ModelShape
+from .models import MODELS, Grid, ModelShape
 
 Given = dict[str, Any]
 Results = dict[str, Tensor]
 Impl = Callable[[Given], Any]
 Row = dict[str, Any]  # the figures of one implementation at one case
 OURS, EAGER, COMPILED = "shardlens", "eager", "compile"
+CHECKED_ROWS = 64
+WORST = 2.0  # times the error of the PyTorch expression
+MEAN = 1.01
+HALF_SLACK = 4 * torch.finfo(torch.float32).eps
+RIVAL_RELATIVE = 1e-2  # norm of the error over norm of the truth
 FLOAT_SLACK = 1e-5  # sums of some thousand float32 numbers, whose roundings mostly cancel
 EPS = 1e-5
 TABLE_VECTORS = 8
@@ -202,9 +209,9 @@ def rival_ratio(rows: dict[str, Row]) -> float:
     return float(min(rivals) / rows[OURS]["p50_ms"] + rows[OURS]["noise"])
 
 
-def chosen_rows(n_rows: int, n_chosen: int) -> Tensor:
-    """At most so many row indices, from first to last, evenly spaced."""
-    n = min(n_rows, n_chosen)
+def chosen_rows(n_rows: int) -> Tensor:
+    """At most CHECKED_ROWS row indices, from first to last, evenly spaced."""
+    n = min(n_rows, CHECKED_ROWS)
     return torch.arange(n) * (n_rows - 1) // max(1, n - 1)
 
 
@@ -216,3 +223,90 @@ def _double(given: Given) -> Given:
         return value.double() if is_float else value
 
     return {name: wide(value) for name, value in given.items()}
+
+
+class Checker:
+    """The truth for one set of arguments, to hold several implementations against.
+
+    Errors are relative to the largest value of their row, so that rows of large values excuse
+    nothing elsewhere. A bf16 result of ours may err, on average, as the same-dtype PyTorch
+    expression does; a single number may err twice as much as that expression at its worst, since
+    where two roundings follow each other, the last bit of a sum before them can turn both. float32
+    results are held to float32 sums in any order, see `Op.float_slack`. A rival, which may round in
+    another order, may miss the truth by RIVAL_RELATIVE in all.
+    """
+
+    def __init__(self, op: Op, case: Case, given: Given) -> None:
+        self._op, self._given = op, given
+        device = next(x.device for x in given.values() if isinstance(x, Tensor))
+        self._float_slack = op.float_slack(case, device)
+        self._rows = chosen_rows(case.sizes["rows"]) if "rows" in case.sizes else None
+        part = given if self._rows is None else op.on_rows(given, self._rows)
+        self._truth, self._plain = op.truth(part), op.plain(part)
+
+    def problem(self, name: str, impl: Impl) -> str | None:
+        """The first thing wrong with an implementation's results; None if nothing is."""
+        if name != OURS:
+            return self._rival_problem(self._checked(self._op.results(impl, self._given)))
+        with _poisoned_memory():
+            found, again = (self._op.results(impl, self._given) for _ in range(2))
+        for result in self._op.result_names:
+            if not torch.equal(found[result], again[result]):  # NaN, too, is unequal
+                return f"{result} differs between two runs, or is NaN"
+        return self._our_problem(self._checked(found))
+
+    def _checked(self, results: Results) -> Results:
+        if self._rows is None:
+            return results
+        return {name: value[self._rows] for name, value in results.items()}
+
+    def _our_problem(self, found: Results) -> str | None:
+        plain = dict(self._plain)
+        if "token_ids" in found:
+            for results in (found, plain):
+                results["token_ids"] = self._truth["all_logits"].gather(-1, results["token_ids"])
+        for name in self._op.result_names:
+            truth = self._truth["logits" if name == "token_ids" else name]
+            if problem := _excess(found[name], plain[name], truth, self._float_slack):
+                return f"{name} {problem}"
+        return None
+
+    def _rival_problem(self, found: Results) -> str | None:
+        for name, value in found.items():
+            if name != "token_ids":
+                truth = self._truth["all_logits" if name == "product" else name]
+                error = (value.double() - truth).norm() / truth.norm()
+                if not error <= RIVAL_RELATIVE:  # NaN is not either
+                    return f"{name} misses float64 by {error.item():.2g} of its norm"
+        return None
+
+
+def _excess(found: Tensor, plain: Tensor, truth: Tensor, float_slack: float) -> str | None:
+    """By how much `found` is worse than it may be; None if it is not."""
+    if found.ndim == 1:
+        found, plain, truth = found[:, None], plain[:, None], truth[:, None]
+    scale = truth.abs().amax(-1, keepdim=True)
+    error, allowed = ((x.double() - truth).abs() / scale for x in (found, plain))
+    slack = float_slack if found.dtype in (torch.float32, torch.float64) else HALF_SLACK
+    worst, allowed_worst = error.max().item(), WORST * allowed.max().item() + slack
+    mean, allowed_mean = error.mean().item(), MEAN * allowed.mean().item() + slack
+    if worst <= allowed_worst and mean <= allowed_mean:
+        return None
+    return (
+        f"misses float64 by {worst:.3g} at most and {mean:.3g} on average, "
+        f"where {allowed_worst:.3g} and {allowed_mean:.3g} are allowed"
+    )
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that what a kernel leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of operators that have no deterministic version
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import decode_attention, decode_attention_reference
+from .models import MODELS, Grid, ModelShape
 from .op import Case, Claim, Cost, Given, Impl, New, Op, copy_share
-from .shapes import MODELS, Grid, ModelShape
 
 COMPILED_SIZES = (  # requests, query heads, key and value heads, head size
     (8, 32, 8, 128), (8, 64, 8, 128), (1, 16, 2, 128), (512, 32, 32, 128),

@@ -8,9 +8,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels import HeadStats, Noise, Target, head_stats, head_stats_reference, target_logits
+from ..kernels import (
+    HeadStats,
+    Noise,
+    Target,
+    head_stats,
+    head_stats_reference,
+    target_logits,
+    tensor_core_slack,
+)
 from ..kernels.head_stats_reference import float_logits
-from ..kernels.rounding import tensor_core_slack
+from .models import MODELS, Grid, ModelShape
 from .op import (
     FLOAT_SLACK,
     OURS,
@@ -26,7 +34,6 @@ from .op import (
     attribute,
     copy_share,
 )
-from .shapes import MODELS, Grid, ModelShape
 
 TOP_K = 5
 LENS_TAPS = 33  # per position, where every block of a model of 32 is read, and the output

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels import Edits, rmsnorm_steer, rmsnorm_steer_reference
 from ..kernels.rmsnorm_steer_backward import rmsnorm_steer_backward
+from .models import GRIDS, Grid, ModelShape
 from .op import (
     EPS,
     TABLE_VECTORS,
@@ -26,7 +27,6 @@ from .op import (
     copy_share,
     rival_ratio,
 )
-from .shapes import GRIDS, Grid, ModelShape
 
 VARIANTS = ("norm", "residual", "edits")
 WIDTHS = (4096, 8192, 16384)  # that are compiled

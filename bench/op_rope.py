@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from ..kernels import rope_angles_reference, rope_qk, rope_qk_reference
+from .models import Grid, ModelShape
 from .op import EPS, Case, Cost, Given, Impl, New, Op, Results
-from .shapes import Grid, ModelShape
 
 CACHE_POSITIONS = 2048  # capacity of the cache that a decode step writes into
 

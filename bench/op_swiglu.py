@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..kernels import swiglu, swiglu_reference
 from ..kernels.swiglu import swiglu_backward
+from .models import Grid, ModelShape
 from .op import Case, Cost, Given, Impl, New, Op, attribute
-from .shapes import Grid, ModelShape
 
 
 def _liger() -> Impl:

@@ -20,16 +20,12 @@ from typing import Any
 
 import torch
 
-from ..engine import LensSpec
-from ..engine.plan import plan
+from ..engine import Engine, LensSpec, Request
 from ..engine.request import check_prompt
 from ..interp import Trace
-from ..language_model import LanguageModel
-from ..model import Transformer, load_weights
+from ..model import ModelFiles, Transformer, find_model, load_model
 from ..model.load import default_device
-from ..model.source import find_model, read_config
 from ..parallel import TensorParallel
-from ..tokenizer.tokenizer import Tokenizer
 from .processes import hand_over, on_ranks
 from .report import environment
 
@@ -47,10 +43,10 @@ PROMPTS = (
 )
 
 
-def read_prompts(file: Path | None, directory: Path) -> list[list[int]]:
+def read_prompts(file: Path | None, model_path: Path) -> list[list[int]]:
     """Token ids of each prompt: of a JSON list of texts and lists of ids, or of PROMPTS.
 
-    The tokenizer of `directory` is read only where a text needs it.
+    The model's tokenizer is read only where a text needs it.
     """
     prompts: Any = list(PROMPTS)
     if file is not None:
@@ -62,7 +58,7 @@ def read_prompts(file: Path | None, directory: Path) -> list[list[int]]:
         raise ValueError(f"{file} is no JSON list of texts or of lists of token ids")
     if not any(isinstance(prompt, str) for prompt in prompts):
         return prompts
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = ModelFiles(model_path).tokenizer()
     return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
@@ -72,37 +68,35 @@ def _is_prompt(prompt: object) -> bool:
     return isinstance(prompt, str) or is_ids
 
 
-def read_model(directory: Path, parallel: TensorParallel, dtype: torch.dtype) -> LanguageModel:
-    """The model in a dtype of our choice, without its tokenizer, which token ids do not need."""
-    config = read_config(directory)
-    model = Transformer(config, parallel=parallel, dtype=dtype, device="meta")
-    model.to_empty(device=default_device())
-    load_weights(model, directory)
-    return LanguageModel(model.eval().requires_grad_(False))
-
-
-def traces_of(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> list[Trace]:
+def traces_of(model: Transformer, prompts: Sequence[Sequence[int]]) -> list[Trace]:
     """The lens of all layers over greedy continuations, all of the same length."""
-    spec = LensSpec(top_k=TOP_K, targets=None)
-    results = lm.generate(list(prompts), max_new_tokens=NEW_TOKENS, lens=spec, stop_ids=())
-    return [result.trace for result in results if result.trace is not None]
+    lens = LensSpec(top_k=TOP_K, targets=None)
+    requests = [Request(prompt, NEW_TOKENS, lens=lens, stop_ids=()) for prompt in prompts]
+    traces = []
+    for found in Engine(model).run(requests):
+        assert found.record is not None
+        trace = Trace.from_record(found.record)
+        trace.input_ids = [*found.prompt, *found.tokens]
+        traces.append(trace)
+    return traces
 
 
 def rank_run(
-    directory: Path, prompts_file: Path | None, parallel: TensorParallel
+    model_path: Path, prompts_file: Path | None, parallel: TensorParallel
 ) -> dict[str, Any]:
     """The traces in each dtype on these ranks, ready for JSON."""
-    prompts = read_prompts(prompts_file, directory)
+    prompts, files = read_prompts(prompts_file, model_path), ModelFiles(model_path)
     return {
         name: [
-            trace.to_dict() for trace in traces_of(read_model(directory, parallel, dtype), prompts)
+            trace.to_dict()
+            for trace in traces_of(load_model(files, parallel=parallel, dtype=dtype), prompts)
         ]
         for name, dtype in DTYPES.items()
     }
 
 
 def first_difference(trace: Trace, reference: Trace, prompt_tokens: int) -> int | None:
-    """Which new token is the first that differs; None where none does."""
+    """The index of the first new token that differs; None where none does."""
     pairs = zip(trace.input_ids, reference.input_ids, strict=True)
     differ = [position for position, (token, other) in enumerate(pairs) if token != other]
     return differ[0] - prompt_tokens if differ else None
@@ -150,17 +144,14 @@ def rank_agreement(
     """Raises ValueError for what the model cannot do, before any rank is started."""
     if len(set(rank_counts)) < 2:
         raise ValueError("--ranks names one rank count: there is nothing to compare it with")
-    directory = find_model(source, TensorParallel.single())
-    prompts = read_prompts(prompts_file, directory)
-    config = read_config(directory)
+    files = find_model(source, TensorParallel.single())
+    prompts, config = read_prompts(prompts_file, files.path), files.config
     if not prompts:
         raise ValueError("there is no prompt")
     lengths = [len(prompt) for prompt in prompts]
     for number, prompt in enumerate(prompts):
         check_prompt(prompt, NEW_TOKENS, config, f"prompt {number}")
-    for ranks in rank_counts:
-        plan(config, ranks=ranks, context=max(lengths) + NEW_TOKENS, batch=len(prompts))
-    runs = {ranks: _measured(ranks, directory, prompts_file) for ranks in rank_counts}
+    runs = {ranks: _measured(ranks, files.path, prompts_file) for ranks in rank_counts}
     alone = rank_counts[0]
     pairs = [((dtype, p), (dtype, alone)) for dtype in DTYPES for p in rank_counts[1:]]
     pairs.append((("bfloat16", alone), ("float32", alone)))
@@ -187,8 +178,8 @@ def rank_agreement(
     }
 
 
-def _measured(ranks: int, directory: Path, prompts_file: Path | None) -> dict[str, list[Trace]]:
-    words = ["--model", str(directory)]
+def _measured(ranks: int, model_path: Path, prompts_file: Path | None) -> dict[str, list[Trace]]:
+    words = ["--model", str(model_path)]
     if prompts_file is not None:
         words += ["--prompts", str(prompts_file)]
     run = on_ranks(ranks, "shardlens.bench.rank_agreement", words, THREADS)

@@ -6,6 +6,7 @@ at every moment, whatever ends the stage.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -15,15 +16,15 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..engine import GPUS
 from ..engine.files import write_json
-from ..engine.plan import GPUS
 
 RESULTS = Path(__file__).parent / "results"
 # Names that drivers give to the cards whose data sheet `GPUS` quotes. Others of the family (PCIe,
@@ -97,6 +98,15 @@ def commit() -> str | None:
         return None
 
 
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with --save, for a benchmark that is run as a program."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--save", metavar="NAME", help="keep the result in bench/results/NAME.json")
+    return parser
+
+
 def emit(result: dict[str, Any], save_as: str | None) -> None:
     """Print the result as one JSON line; keep it under bench/results/ if a name is given."""
     print(json.dumps(result))
@@ -105,22 +115,39 @@ def emit(result: dict[str, Any], save_as: str | None) -> None:
         write_json(RESULTS / f"{save_as}.json", result)
 
 
-def verdict(claim: str, figure: float, target: float | None, below: bool = False) -> dict[str, Any]:
-    """A claim, its figure, and whether it reaches the target (or, where `below`, stays under it).
+def verdict(
+    claim: str, figure: float | None, target: float | None, below: bool = False, unit: str = ""
+) -> dict[str, Any]:
+    """A claim, its figure, and whether it reaches the target (or, if `below`, stays under it).
 
-    Without a target nothing is decided.
+    Without a target or a figure nothing is decided.
     """
-    met = None if target is None else (figure <= target if below else figure >= target)
-    return {"claim": claim, "figure": figure, "target": target, "below": below, "met": met}
+    met = None
+    if figure is not None and target is not None:
+        met = figure < target if below else figure >= target
+    head = {"claim": claim, "figure": figure, "target": target}
+    return head | {"below": below, "unit": unit, "met": met}
 
 
-def print_verdicts(found: list[dict[str, Any]]) -> None:
+def print_verdicts(found: Sequence[dict[str, Any]]) -> None:
+    """A line for each; a verdict over several cases has their numbers and the worst of them."""
     for claim in found:
-        word = {True: "met", False: "NOT MET", None: "no target"}[claim["met"]]
-        bound = ""
-        if claim["target"] is not None:
-            bound = f"{'at most' if claim['below'] else 'at least'} {claim['target']:.3g}"
-        print(f"{claim['claim']:48}{claim['figure']:>9.3f}  {bound:15}{word}")
+        figure, target, unit = (claim[name] for name in ("figure", "target", "unit"))
+        undecided = "no target" if target is None else "not decided"
+        word = {True: "met", False: "NOT MET", None: undecided}[claim["met"]]
+        bound, cases = "", ""
+        if target is not None:
+            bound = f"{'below' if claim['below'] else 'at least'} {_amount(target, unit)}"
+        if "of" in claim:
+            cases = f"{claim['measured']} of {claim['of']}  {claim['worst_case'] or ''}"
+        print(
+            f"{claim['claim']:76}{'-' if figure is None else _amount(figure, unit):>10}  "
+            f"{bound:18}{word:13}{cases}".rstrip()
+        )
+
+
+def _amount(value: float, unit: str) -> str:
+    return f"{value:.2%}" if unit == "%" else f"{value:.3g}{unit}"
 
 
 def figure_or_none(width: float, height: float) -> Any:

@@ -4,8 +4,8 @@
 
 Every rank count is a run of its own under torch.distributed.run, on gloo where there is no GPU.
 Ranks that share the cores of one machine cannot be faster than one; what counts there is that
-tokens and top-k ids are equal, and how many bytes are sent. Beside
-it stands what `plan` says of published models on 1 to 64 GPUs: an upper bound, of memory traffic.
+tokens and top-k ids are equal, and how many bytes are sent. What more GPUs can give at most,
+`shardlens plan` says.
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ from typing import Any
 
 import torch
 
-from ..engine import LensSpec, Sampling
-from ..engine.plan import GPUS, Plan, plan
-from ..language_model import LanguageModel
+from ..engine import Engine, LensSpec, Request, Sampling
+from ..interp import Trace
 from ..model.load import default_device
 from ..parallel import TensorParallel
+from .models import default_dtype, model_config, random_model
 from .processes import hand_over, on_ranks
 from .report import environment
-from .shapes import N_LAYERS, default_dtype, model_config, random_model
 
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 16, 8, 5
-PREDICTED_RANKS = (1, 2, 4, 8, 16, 32, 64)
-PREDICTED_CONTEXT, PREDICTED_GPU = 1500, "h200"
 # Between rank counts, whose sums are rounded in another order: nats, and ranks of a target far
 # down among tens of thousands of nearly equal random logits, where an id lies every 1e-4 nats.
 LOGPROB_NATS, TARGET_RANKS = 1e-3, 3
@@ -40,26 +37,21 @@ def rank_run(shape: str) -> dict[str, Any]:
     device = default_device()
     parallel = TensorParallel.from_env(device)
     model = random_model(model_config(shape), parallel, default_dtype(device), device)
-    lm = LanguageModel(model)
+    engine = Engine(model)
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(model.config.vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
+    sampling, lens = Sampling(1.0, seed=1), LensSpec(top_k=TOP_K)
     for _ in range(2):
         parallel.traffic.reset()
         started = time.perf_counter()
-        result = lm.generate(
-            prompt,
-            max_new_tokens=NEW_TOKENS,
-            sampling=Sampling(1.0, seed=1),
-            lens=LensSpec(top_k=TOP_K),
-            stop_ids=(),
-        )
+        (found,) = engine.run([Request(prompt, NEW_TOKENS, sampling, lens=lens, stop_ids=())])
         seconds = time.perf_counter() - started
-    trace = result.trace
-    assert trace is not None and trace.logprobs is not None and trace.target_rank is not None
+    assert found.record is not None
+    trace = Trace.from_record(found.record)
     return {
         "ranks": parallel.size,
         "seconds": seconds,
-        "token_ids": prompt + result.token_ids,
+        "token_ids": prompt + found.tokens,
         "lens_ids": trace.token_ids.tolist(),
         "lens_logprobs": trace.logprobs.tolist(),
         "target_ranks": trace.target_rank.tolist(),
@@ -110,40 +102,6 @@ def scaling(rank_counts: list[int], shape: str) -> dict[str, Any]:
             }
             for run in runs
         ],
-        "predicted": predicted(),
-    }
-
-
-def predicted() -> list[dict[str, Any]]:
-    """Tokens/s at most, by model and GPUs, for those that fit."""
-    gpu = GPUS[PREDICTED_GPU]
-    rows = []
-    for name in N_LAYERS:
-        config = model_config(name)
-        for ranks in PREDICTED_RANKS:
-            try:
-                planned = plan(
-                    config,
-                    ranks=ranks,
-                    context=PREDICTED_CONTEXT,
-                    taps=config.n_layers,
-                    dtype="bfloat16",
-                )
-            except ValueError:  # heads that cannot be shared so
-                continue
-            rows.append(_row(name, planned, gpu.memory_gib * 2**30, gpu.bandwidth_bytes_per_s))
-    return rows
-
-
-def _row(name: str, planned: Plan, memory_bytes: float, bandwidth: float) -> dict[str, Any]:
-    return {
-        "model": name,
-        "ranks": planned.ranks,
-        "gpu": PREDICTED_GPU,
-        "total_bytes": planned.total_bytes,
-        "fits": planned.total_bytes <= memory_bytes,
-        "tokens_per_s_bound": planned.tokens_per_s(bandwidth),
-        "sent_bytes_per_token": planned.sent_bytes_per_token,
     }
 
 
@@ -156,17 +114,6 @@ def print_scaling(result: dict[str, Any]) -> None:
             f"{run['ranks']:>6}{run['time_over_first']:>17.2f}"
             f"{run['sent_bytes_per_position']:>17,.0f}   {sent or 'nothing'}"
         )
-    print(f"\nat most, tokens/s on so many {PREDICTED_GPU}, all layers read (- does not fit)")
-    print(f"{'':16}" + "".join(f"{ranks:>8}" for ranks in PREDICTED_RANKS))
-    for name in N_LAYERS:
-        cells = {row["ranks"]: row for row in result["predicted"] if row["model"] == name}
-        line = "".join(
-            f"{cells[ranks]['tokens_per_s_bound']:>8,.0f}"
-            if ranks in cells and cells[ranks]["fits"]
-            else f"{'-':>8}"
-            for ranks in PREDICTED_RANKS
-        )
-        print(f"{name:16}{line}")
 
 
 def main() -> None:

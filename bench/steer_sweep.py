@@ -11,9 +11,9 @@ give the same propensities before either is timed. Then they take turns.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -21,16 +21,13 @@ import torch
 from torch import Tensor
 
 from ..engine import Steering
-from ..engine.edit_table import EditTable, TableShape
-from ..interp.propensity import Item, Variants, propensities
-from ..interp.slopes import MULTIPLIERS
-from ..model import ModelConfig, Transformer
-from ..model.points import Tap
-from ..parallel import TensorParallel
-from ..parallel.head_reduce import token_logits
-from .report import environment, verdict
-from .shapes import random_model
-from .timing import by_turns, measured_rates, one_thread, spread, synchronize
+from ..engine.edit_table import EditTable, RequestEdits, TableShape
+from ..interp import MULTIPLIERS, Item, Variants, propensities
+from ..model import ModelConfig, Tap, Transformer
+from ..parallel import TensorParallel, token_logits
+from .models import random_model
+from .report import environment, print_verdicts, verdict
+from .timing import measured_rates, one_thread, seconds_by_turns, spread
 
 NATS = 1e-5  # by which propensities may differ
 EFFECT = 10 * NATS  # what steering a layer must at least do: what does nothing agrees, too
@@ -113,13 +110,14 @@ def separate(model: Transformer, sweep: Sweep) -> Tensor:
 
 
 def _edits(model: Transformer, steering: Steering, n_tokens: int) -> EditTable:
-    shape = TableShape.of([([steering], n_tokens)], n_tokens, model.config)
+    edits = RequestEdits([steering], n_tokens, n_tokens, model.config.n_layers)
+    shape = TableShape.of([edits])
     assert shape is not None
     device, dtype = model.device, model.dtype
     table = EditTable(
         model.config, shape, 1, n_tokens, dtype=dtype, device=device, every_site=False
     )
-    table.put(0, [steering], n_tokens)
+    table.put(0, edits)
     return table
 
 
@@ -153,20 +151,6 @@ def problem(found: Tensor, expected: Tensor) -> str | None:
     return None
 
 
-def seconds_by_turns(
-    model: Transformer, sweep: Sweep, rounds: int, impls: dict[str, Impl]
-) -> dict[str, list[float]]:
-    """The times of each; whatever is set up once has been."""
-    taken: dict[str, list[float]] = {name: [] for name in impls}
-    for name in by_turns(list(impls), rounds):
-        synchronize(model.device)
-        started = time.perf_counter()
-        impls[name](model, sweep)
-        synchronize(model.device)
-        taken[name].append(time.perf_counter() - started)
-    return taken
-
-
 def steer_sweep(
     rounds: int,
     device: torch.device,
@@ -184,7 +168,8 @@ def steer_sweep(
             raise ValueError(f"a check is red, nothing is measured: {red}")
         print("checks: green", flush=True)
         rates = measured_rates(device, torch.float32, 2.0)
-        taken = seconds_by_turns(model, sweep, rounds, impls)
+        runs = {name: partial(impl, model, sweep) for name, impl in impls.items()}
+        taken = seconds_by_turns(runs, rounds, device)
         head = environment()
     block_weights = sum(weight.numel() for weight in model.blocks.parameters() if weight.ndim == 2)
     measured = {
@@ -239,7 +224,4 @@ def print_result(result: dict[str, Any]) -> None:
         times = "".join(f"{figures['seconds'][column]:>10.3f}" for column in columns)
         print(f"{name:14}{figures['rows']:>9,}{times}{figures['roofline_share']:>10.1%}")
     print(f"rows: {result['rows_ratio']:.1f} times as many, for {result['variants']} variants")
-    for claim in result["claims"]:
-        word = {True: "met", False: "NOT MET", None: "no target"}[claim["met"]]
-        bound = "" if claim["target"] is None else f"at least {claim['target']:g}"
-        print(f"{claim['claim']}: {claim['figure']:.1f}  {bound}  {word}")
+    print_verdicts(result["claims"])

@@ -7,7 +7,7 @@ those lines back would be charged to a run that only reads. What a run leaves in
 unwritten is small beside the bytes of all sets. A run that cannot be captured (it waits for
 results on the host) is launched one by one, and its `how` says so.
 
-On a CPU: one thread, the host's clock, one set of inputs a run. Small sets stay in its caches, so
+On a CPU: one thread, the host's clock, one set of inputs per run. Small sets stay in its caches, so
 that a share of the bandwidth may pass 1.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,20 @@ def by_turns(names: Sequence[str], rounds: int) -> Iterator[str]:
     for turn in range(rounds):
         first = turn % max(1, len(names))
         yield from (*names[first:], *names[:first])
+
+
+def seconds_by_turns(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """The times of every run, by the host's clock."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for name in by_turns(list(runs), rounds):
+        synchronize(device)
+        started = time.perf_counter()
+        runs[name]()
+        synchronize(device)
+        taken[name].append(time.perf_counter() - started)
+    return taken
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -223,10 +237,16 @@ def peak_extra_bytes(run: Run, given: Any, device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if not Path("/proc/self/clear_refs").exists():
         return None
-    reset_peak()
-    resident = resident_bytes("VmRSS")
-    run(given)
-    return max(0, resident_bytes("VmHWM") - resident)
+    return max(0, peak_resident_bytes(lambda: run(given)))
+
+
+def peak_resident_bytes(run: Callable[[], Any]) -> int:
+    """Resident memory that a call adds at its peak, as Linux counts it."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory goes back first
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
+    before = resident_bytes("VmRSS")
+    run()
+    return resident_bytes("VmHWM") - before
 
 
 def resident_bytes(field: str) -> int:
@@ -235,9 +255,3 @@ def resident_bytes(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise ValueError(f"/proc/self/status has no {field}")
-
-
-def reset_peak() -> None:
-    """Make VmHWM start again from what is resident now, after freed memory went back."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")

@@ -15,9 +15,9 @@ from tolerances import EFFECT, LOGITS_RELATIVE, PASSES
 from torch import Tensor
 
 import shardlens
-from shardlens.bench import baselines
+from shardlens.bench import baselines, models
 from shardlens.bench.baselines import CachedLens, FaithfulBaseline, PaperMethod, RunOutput
-from shardlens.bench.shared_weights import as_transformers
+from shardlens.bench.models import as_transformers
 from shardlens.model import ModelConfig, Transformer, hf_state_dict, init_weights
 
 PROMPT = [3, 77, 405, 11, 260, 31, 8, 500, 94]
@@ -109,8 +109,11 @@ def test_another_dtype_is_a_copy() -> None:
 
 
 def test_what_transformers_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM of transformers .*k_proj.bias$"):
-        as_transformers(small_model("qwen2", attention_bias=False))
+    lacking = hf_state_dict(small_model("qwen2"))
+    del lacking["model.layers.1.self_attn.k_proj.bias"]
+    monkeypatch.setattr(models, "hf_state_dict", lambda model: lacking)
+    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM of transformers .*1.*k_proj.bias$"):
+        as_transformers(small_model("qwen2"))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="needs transformers: pip install"):
         as_transformers(small_model("qwen2"))

@@ -14,7 +14,6 @@ from torch import Tensor
 from shardlens.bench import end_to_end, end_to_end_runs, scaling
 from shardlens.bench.baselines import RunOutput
 from shardlens.bench.end_to_end import print_result, verdicts
-from shardlens.bench.end_to_end_checks import disagreement, problems
 from shardlens.bench.end_to_end_runs import (
     LENS,
     PAPER,
@@ -22,11 +21,13 @@ from shardlens.bench.end_to_end_runs import (
     STEERED,
     Setup,
     _uncached,
+    disagreement,
     measure_times,
     peak_bytes,
+    problems,
 )
-from shardlens.bench.shapes import N_LAYERS, model_config, random_model
-from shardlens.engine.plan import plan
+from shardlens.bench.models import N_LAYERS, model_config, random_model
+from shardlens.engine import plan
 from shardlens.model import ModelConfig, Transformer
 from shardlens.parallel import TensorParallel
 
@@ -91,27 +92,27 @@ def test_a_whole_run(
     result = end_to_end.run(SETUP, TensorParallel.single())
     print_result(result)
     json.dumps(result)
-    assert len(result["impls"]) + len(result["left_out"]) == N_RUNS + 1  # and a variant of one
-    assert result["impls"]["1 baseline"]["extrapolated"]
+    assert len(result["runs"]) + len(result["left_out"]) == N_RUNS + 1  # and a variant of one
+    assert result["runs"]["1 baseline"]["extrapolated"]
     claims = {claim["claim"]: claim for claim in result["claims"]}
-    speed = [result["impls"][name]["tokens_per_s"] for name in (LENS, PLAIN)]
+    speed = [result["runs"][name]["tokens_per_s"] for name in (LENS, PLAIN)]
     assert claims["speed with lens over without"]["figure"] == speed[0] / speed[1]
     printed = capsys.readouterr().out
     assert "NOT MET" in printed or all(c["met"] is not False for c in claims.values())
-    low = {**result, "impls": {**result["impls"]}}
-    low["impls"][LENS] = {**low["impls"][LENS], "tokens_per_s": 1e-9}
+    low = {**result, "runs": {**result["runs"]}}
+    low["runs"][LENS] = {**low["runs"][LENS], "tokens_per_s": 1e-9}
     assert not verdicts(low)[0]["met"]
     # shares say what they are of
     moved_per_s = speed[1] * result["moved_bytes_per_token"]
-    plain = result["impls"][PLAIN]
+    plain = result["runs"][PLAIN]
     assert plain["copy_bandwidth_share"] == moved_per_s / (1e9 * result["copy_gb_per_s"])
     assert plain["nominal_bandwidth_share"] is None  # of a CPU no data sheet is known
     assert "copy bandwidth" in printed and "of nominal" in printed
     assert claims["share of measured copy bandwidth without lens"]["target"] is None
-    rivals_alone = {**result, "impls": {PAPER: result["impls"][PAPER]}}
+    rivals_alone = {**result, "runs": {PAPER: result["runs"][PAPER]}}
     assert verdicts(rivals_alone) == []
     known = {**result, "device": "cuda"}
-    known["impls"] = {PLAIN: {**plain, "copy_bandwidth_share": 0.8, "nominal_bandwidth_share": 0.7}}
+    known["runs"] = {PLAIN: {**plain, "copy_bandwidth_share": 0.8, "nominal_bandwidth_share": 0.7}}
     targets = {claim["claim"]: claim["target"] for claim in verdicts(known)}
     assert targets == {
         "share of measured copy bandwidth without lens": 0.75,

@@ -14,7 +14,7 @@ import torch
 
 from shardlens.bench import gpu
 from shardlens.bench.gpu import STAGES
-from shardlens.bench.processes import Group
+from shardlens.bench.processes import Program
 from shardlens.bench.report import Journal, bandwidth_shares, card, nominal_bandwidth_bytes_per_s
 
 
@@ -123,7 +123,7 @@ def test_a_stage_that_dies_is_said_to(tmp_path: Path, monkeypatch: pytest.Monkey
     path.write_text('{"finished": true, "figure": 1}')
 
     def dies(code: str) -> Any:
-        monkeypatch.setattr(gpu, "Group", lambda words: Group([sys.executable, "-c", code]))
+        monkeypatch.setattr(gpu, "Program", lambda words: Program([sys.executable, "-c", code]))
         assert not gpu.start_stage("truth", 5.0, path, None, [])
         return json.loads(path.read_text())
 

@@ -14,22 +14,25 @@ from typing import Any
 import pytest
 import torch
 
-from shardlens.bench import gpu_suite
-from shardlens.bench.gpu_suite import (
+from shardlens.bench import processes
+from shardlens.bench.kernels import OPS
+from shardlens.bench.processes import (
     CAPTURED_STEPS,
     CAPTURED_TESTS,
+    ENVIRONMENT,
     KERNEL_TESTS,
     NOT_ON_A_CARD,
-    OF_NO_OP,
+    Program,
     TestRun,
     kernel_files,
     red_of,
     results_of,
+    run_tests,
     vouched_by,
 )
-from shardlens.bench.ops import OPS
-from shardlens.bench.processes import ENVIRONMENT, Group
+from shardlens.bench.report import Journal
 
+OF_NO_OP = (NOT_ON_A_CARD, "test_launch")
 # Starts a program that sleeps, writes its id to a file, and goes on as the second argument says.
 PARENT = """
 import subprocess, sys, time
@@ -88,7 +91,7 @@ def test_every_kernel_test_is_mapped() -> None:
     for name, op in OPS.items():
         assert op.tests and {*op.tests} <= files, f"{name} names a test that does not exist"
     chosen = {path.stem for path in kernel_files()}
-    assert chosen == files - {*NOT_ON_A_CARD} and "test_compiled" not in chosen
+    assert chosen == files - {NOT_ON_A_CARD} and "test_compiled" not in chosen
     assert CAPTURED_TESTS.exists()
 
 
@@ -140,7 +143,7 @@ def test_a_file_that_hangs_is_ended_with_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its results until then are kept; being late is not red."""
-    monkeypatch.setattr(gpu_suite.os, "cpu_count", lambda: 1)  # so that the second waits
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 1)  # so that the second waits
     pid_file = tmp_path / "pid"
     files = [tmp_path / "test_hangs.py", tmp_path / "test_waits.py"]
     files[0].write_text(HANGS.format(pid=str(pid_file)))
@@ -159,6 +162,26 @@ def test_a_file_that_hangs_is_ended_with_what_it_started(
     wait_for(lambda: not is_alive(pid), 5)
 
 
+def test_a_stage_records_tests_and_what_is_red(tmp_path: Path) -> None:
+    """Checks that a stage makes meanwhile count beside them; known results are not made again."""
+    file, journal = tmp_path / "test_swiglu.py", Journal(tmp_path / "stage.json")
+    file.write_text('def test_wrong(): assert False, "no"')
+    run_tests(
+        journal,
+        [file],
+        time.monotonic() + 150,
+        meanwhile=lambda: journal.add_red("head_stats", "at odd shapes"),
+    )
+    found = json.loads(journal.path.read_text())
+    red = {"head_stats": ["at odd shapes"], "swiglu": ["test_swiglu::test_wrong"]}
+    assert found["red"] == red and found["tests"]["test_swiglu"]["failed"] == 1
+    file.unlink()
+    later = Journal(tmp_path / "later.json")
+    run_tests(later, [file], time.monotonic(), truth=journal.path)
+    assert later.content["tests"] == found["tests"]
+    assert later.content["red"] == {"swiglu": red["swiglu"]}
+
+
 def test_results_of_another_stage(tmp_path: Path) -> None:
     path = tmp_path / "h100-truth.json"
     files = [Path("test_a.py"), Path("test_b.py")]
@@ -172,12 +195,12 @@ def test_results_of_another_stage(tmp_path: Path) -> None:
 def test_what_a_program_started_ends_with_it(sleeps: int, code: int | None, tmp_path: Path) -> None:
     """At a deadline, and when the program itself is done."""
     pid_file = tmp_path / "pid"
-    group = Group([sys.executable, "-c", PARENT, str(pid_file), str(sleeps)], tmp_path / "log")
+    program = Program([sys.executable, "-c", PARENT, str(pid_file), str(sleeps)], tmp_path / "log")
     wait_for(lambda: pid_file.exists() and pid_file.read_text())
     pid = int(pid_file.read_text())
     assert sleeps == 0 or is_alive(pid)
     started = time.monotonic()
-    assert group.wait(time.monotonic() + (0.2 if sleeps else 30)) == code
+    assert program.wait(time.monotonic() + (0.2 if sleeps else 30)) == code
     assert time.monotonic() - started < 20
     wait_for(lambda: not is_alive(pid), 5)
 
@@ -205,7 +228,7 @@ def test_a_killed_stage_leaves_what_it_has(tmp_path: Path) -> None:
 
     def has_figures() -> bool:
         shapes = content().get("shapes", {})
-        return bool(shapes.get("cpu-small", {}).get("impls"))
+        return bool(shapes.get("cpu-small", {}).get("runs"))
 
     try:
         wait_for(has_figures, 120)
@@ -215,5 +238,5 @@ def test_a_killed_stage_leaves_what_it_has(tmp_path: Path) -> None:
     found = content()
     assert found["finished"] is False and found["in_progress"].startswith("cpu-small: ")
     (shape,) = found["shapes"].values()
-    assert "5 shardlens" in shape["impls"] and len(shape["impls"]) < 7
+    assert "5 shardlens" in shape["runs"] and len(shape["runs"]) < 7
     assert found["environment"]["torch"] == torch.__version__

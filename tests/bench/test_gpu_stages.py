@@ -13,14 +13,14 @@ import pytest
 import torch
 from oracles import SMALL
 
-from shardlens.bench import gpu_claims, gpu_end_to_end, gpu_steps, gpu_truth, ops
+from shardlens.bench import gpu_claims, gpu_end_to_end, gpu_truth, kernels
 from shardlens.bench.end_to_end_runs import LENS, ORACLE, OURS, PAPER, PAPER_BY_LAYER, UNCACHED
-from shardlens.bench.gpu_steps import PLAIN, VARIANTS, captured_against_eager, step_times
-from shardlens.bench.gpu_suite import CAPTURED_STEPS, kernel_files
+from shardlens.bench.gpu_truth import PLAIN, VARIANTS, captured_against_eager, step_times
 from shardlens.bench.kernels import Bench, RedCheck, measure
+from shardlens.bench.models import random_model
 from shardlens.bench.op import Case, Claim, copy_share
+from shardlens.bench.processes import CAPTURED_STEPS, kernel_files
 from shardlens.bench.report import Journal
-from shardlens.bench.shapes import random_model
 from shardlens.bench.timing import Rates
 from shardlens.model import ModelConfig, Transformer
 from shardlens.parallel import TensorParallel
@@ -144,7 +144,7 @@ def test_figures_are_kept_one_by_one_in_any_order_of_shapes(
     def spy() -> None:
         write()
         for shape, result in on_disk(journal).get("shapes", {}).items():
-            seen.extend((shape, impl) for impl in result["impls"] if (shape, impl) not in seen)
+            seen.extend((shape, impl) for impl in result["runs"] if (shape, impl) not in seen)
 
     monkeypatch.setattr(journal, "write", spy)
     gpu_end_to_end.run(journal, time.monotonic() + 600, truth_with(tmp_path), shapes)
@@ -159,9 +159,7 @@ def test_figures_are_kept_one_by_one_in_any_order_of_shapes(
             "speed with lens over the paper's method",
             "speed with lens over the baseline",
         }
-        assert (
-            len(result["impls"][LENS]["seconds"]) == 2 and result["impls"][LENS]["peak_bytes"] >= 0
-        )
+        assert len(result["runs"][LENS]["seconds"]) == 2 and result["runs"][LENS]["peak_bytes"] >= 0
     assert "copy bandwidth" in capsys.readouterr().out
 
 
@@ -170,7 +168,7 @@ def test_red_captured_steps_drop_our_runs_alone(journal: Journal, tmp_path: Path
     truth = truth_with(tmp_path, test_graphs=["test_graphs::test_a"], test_head_kernel=["b"])
     gpu_end_to_end.run(journal, time.monotonic() + 600, truth, ("cpu-small",))
     result = on_disk(journal)["shapes"]["cpu-small"]
-    assert list(result["impls"]) == [*RIVALS]
+    assert list(result["runs"]) == [*RIVALS]
     for impl in OURS:
         assert result["left_out"][impl] == "tests of captured steps are red: test_graphs::test_a"
     assert on_disk(journal)["red"] == {CAPTURED_STEPS: ["test_graphs::test_a"]}
@@ -200,7 +198,7 @@ def test_a_red_or_failing_run_leaves_the_others(
     gpu_end_to_end.run(journal, time.monotonic() + 600, truth_with(tmp_path), ("cpu-small",))
     found = on_disk(journal)
     result = found["shapes"]["cpu-small"]
-    assert [*result["impls"]] == [OURS[0], OURS[2], PAPER, ORACLE]
+    assert [*result["runs"]] == [OURS[0], OURS[2], PAPER, ORACLE]
     assert found["red"] == {f"cpu-small: {name}": ["wrong"] for name in (LENS, PAPER_BY_LAYER)}
     assert result["left_out"][LENS] == "its check is red: wrong"
     assert found["failed"] == {f"cpu-small: {UNCACHED[0]}": "RuntimeError: illegal address"}
@@ -222,7 +220,7 @@ def test_what_does_not_fit_is_skipped_with_its_figures(
 def test_without_time_runs_are_left_out(journal: Journal, tmp_path: Path) -> None:
     gpu_end_to_end.run(journal, time.monotonic() - 1, truth_with(tmp_path), ("cpu-small",))
     result = on_disk(journal)["shapes"]["cpu-small"]
-    assert result["impls"] == {}
+    assert result["runs"] == {}
     for impl in (*OURS, *RIVALS):
         assert result["left_out"][impl].startswith("out of time: about ")
 
@@ -232,7 +230,7 @@ def test_without_time_runs_are_left_out(journal: Journal, tmp_path: Path) -> Non
 
 def test_a_step_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(CONFIG, TensorParallel.single(), torch.float32, CPU)
-    monkeypatch.setattr(gpu_steps, "PROMPT_TOKENS", 5)
+    monkeypatch.setattr(gpu_truth, "PROMPT_TOKENS", 5)
     for variant in VARIANTS:
         found = step_times(model, variant, 16, 6, RATES)
         assert 0 < found["p20_ms"] <= found["p50_ms"] <= found["p80_ms"]
@@ -248,7 +246,7 @@ def test_a_step_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(self: Any, requests: Any, capture: bool) -> list[Any]:
         return [SimpleNamespace(tokens=[1, 2, 3 if capture else 4])]
 
-    monkeypatch.setattr(gpu_steps.Engine, "run", run)
+    monkeypatch.setattr(gpu_truth.Engine, "run", run)
     assert captured_against_eager(model, PLAIN, 3)["first_difference"] == 2
 
 
@@ -277,7 +275,7 @@ def test_what_the_sanitizer_finds_is_red(journal: Journal, monkeypatch: pytest.M
 
 
 def test_the_sanitized_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    ops.main()
+    kernels.main()
     assert capsys.readouterr().out == "done\n"
 
 

@@ -12,20 +12,20 @@ import pytest
 import torch
 
 from shardlens.bench import kernel_report, kernels, timing
-from shardlens.bench.gpu_claims import odd_checks, verdicts
+from shardlens.bench.gpu_claims import claims, odd_checks, verdicts
 from shardlens.bench.kernel_report import COLUMNS
 from shardlens.bench.kernels import (
+    OPS,
     Bench,
-    Checker,
     RedCheck,
+    cases,
     impls_of,
     measure,
     rivals_of,
 )
-from shardlens.bench.op import FLOAT_SLACK, OURS, Case, Claim, copy_share, rival_ratio
+from shardlens.bench.models import GRIDS, MODELS
+from shardlens.bench.op import FLOAT_SLACK, OURS, Case, Checker, Claim, copy_share, rival_ratio
 from shardlens.bench.op_head import memory_mib
-from shardlens.bench.ops import OPS, cases, claims
-from shardlens.bench.shapes import GRIDS, MODELS
 from shardlens.bench.timing import Rates, interleaved, peak_extra_bytes, set_count
 from shardlens.cli import main
 from shardlens.kernels import implementation
@@ -141,7 +141,10 @@ def test_kernels_pass_the_checks(op: str) -> None:
     case = TINY[op]
     given = OPS[op].make(case, device)
     with implementation("triton"), torch.no_grad():
-        assert Checker(case, given).problem(OURS, impls_of(case, device, False)[OURS]) is None
+        assert (
+            Checker(OPS[case.op], case, given).problem(OURS, impls_of(case, device, False)[OURS])
+            is None
+        )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -186,7 +189,7 @@ def test_float_results_may_miss_what_tensor_cores_truncate() -> None:
     assert slack(head(8192), CPU) == FLOAT_SLACK  # which has none
     case = head(8192)
     given = OPS["head_stats"].make(case, CPU)
-    checker = Checker(case, given)
+    checker = Checker(OPS[case.op], case, given)
     x, weight = given["x"].double(), given["weight"].double()
 
     def off_by(share: float) -> str | None:
@@ -206,7 +209,7 @@ def test_float_results_may_miss_what_tensor_cores_truncate() -> None:
 def test_what_is_not_written_or_moves_is_red() -> None:
     case = TINY["swiglu"]
     given = OPS["swiglu"].make(case, CPU)
-    checker = Checker(case, given)
+    checker = Checker(OPS[case.op], case, given)
     unwritten = checker.problem(OURS, lambda given: torch.empty(3, 67, dtype=torch.bfloat16))
     assert unwritten is not None and "NaN" in unwritten
     moving = checker.problem(OURS, lambda given: torch.randn(3, 67).bfloat16())
@@ -312,18 +315,21 @@ def test_claims_are_decided_by_the_worst_case() -> None:
         Claim("rivals", shapes, rival_ratio, 1.0),
     ]
     good, bad = rows(1, 1.0, 0.995, 0.95), rows(2, 1.0, 0.9, 0.85)
-    assert [v.met for v in verdicts(made, good + rows(2, 1, 2, 1), decides=True)] == [True, True]
+    assert [v["met"] for v in verdicts(made, good + rows(2, 1, 2, 1), decides=True)] == [True, True]
     both = verdicts(made, good + bad, decides=True)
-    assert [v.met for v in both] == [False, False] and both[0].worst_case == "swiglu rows=2 f=2"
-    assert [v.met for v in verdicts(made, good, decides=True)] == [None, None]  # one of two
-    assert [v.met for v in verdicts(made, bad, decides=True)] == [False, False]
-    assert all(v.met is None for v in verdicts(made, good + bad, decides=False))
-    assert [v.figure for v in verdicts(made, [], decides=True)] == [None, None]
+    assert [v["met"] for v in both] == [False, False] and both[0][
+        "worst_case"
+    ] == "swiglu rows=2 f=2"
+    assert [v["met"] for v in verdicts(made, good, decides=True)] == [None, None]  # one of two
+    assert [v["met"] for v in verdicts(made, bad, decides=True)] == [False, False]
+    assert all(v["met"] is None for v in verdicts(made, good + bad, decides=False))
+    assert [v["figure"] for v in verdicts(made, [], decides=True)] == [None, None]
     memory = [Claim("memory", shapes[:1], memory_mib, 12, below=True, unit=" MiB")]
     for mib, met in ((11, True), (13, False)):
         ours = {**good[0], "peak_extra_bytes": mib * 2**20}
         (verdict,) = verdicts(memory, [ours, good[1]], decides=True)
-        assert (verdict.met, verdict.figure, verdict.target) == (met, mib, "below 12 MiB")
+        assert (verdict["met"], verdict["figure"], verdict["target"]) == (met, mib, 12)
+        assert verdict["below"] and verdict["unit"] == " MiB"
 
 
 def test_gpu_claims_and_checks_cover_the_operations() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardlens.bench import report, steer_sweep
-from shardlens.bench.shapes import random_model
+from shardlens.bench.models import random_model
 from shardlens.bench.steer_sweep import (
     EFFECT,
     IMPLS,
@@ -29,9 +29,9 @@ from shardlens.bench.steer_sweep import (
 )
 from shardlens.bench.timing import Rates
 from shardlens.cli import main
-from shardlens.interp.slopes import MULTIPLIERS
+from shardlens.interp import MULTIPLIERS
 from shardlens.model import Transformer
-from shardlens.parallel.group import TensorParallel
+from shardlens.parallel import TensorParallel
 
 CPU = torch.device("cpu")
 TINY = SweepShape(n_layers=3, d=32, n_heads=4, ffn=64, vocab=101, prompt_tokens=12)
@@ -50,14 +50,14 @@ def model() -> Transformer:
 
 
 def test_rows_are_counted(model: Transformer) -> None:
-    """The prompt once and a row a variant; the prompt for each variant."""
+    """The prompt once and a row per variant; the prompt for each variant."""
     sweep = Sweep.random(TINY, CPU)
-    found, one = counted_rows(IMPLS[ONE_PASS], model, sweep)
-    expected, each = counted_rows(IMPLS[SEPARATE], model, sweep)
-    assert (one, each) == (11 + N_VARIANTS, 12 * N_VARIANTS)
+    found, n_rows = counted_rows(IMPLS[ONE_PASS], model, sweep)
+    expected, n_separate_rows = counted_rows(IMPLS[SEPARATE], model, sweep)
+    assert (n_rows, n_separate_rows) == (11 + N_VARIANTS, 12 * N_VARIANTS)
     assert found.shape == expected.shape == (3, len(MULTIPLIERS))
     assert problem(found, expected) is None
-    assert counted_rows(IMPLS[ONE_PASS], model, sweep)[1] == one  # the last count has ended
+    assert counted_rows(IMPLS[ONE_PASS], model, sweep)[1] == n_rows  # the last count has ended
 
 
 def test_a_red_check_is_refused(quick: None) -> None:
@@ -81,8 +81,8 @@ def test_a_red_check_is_refused(quick: None) -> None:
     curves = torch.tensor(MULTIPLIERS, dtype=torch.float64).expand(3, -1) * EFFECT
     assert problem(curves, curves) is None
     assert "nan nats off" in str(problem(curves * math.nan, curves))
-    one_idle = curves * torch.tensor([[1.0], [0.5], [1.0]])
-    assert "by at most 7.5e-05 nats" in str(problem(one_idle, one_idle))
+    with_idle_layer = curves * torch.tensor([[1.0], [0.5], [1.0]])
+    assert "by at most 7.5e-05 nats" in str(problem(with_idle_layer, with_idle_layer))
 
 
 def test_a_whole_run(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,11 +92,11 @@ def test_a_whole_run(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "checks: green" in printed and "no target" in printed
     assert result["variants"] == N_VARIANTS and 0 <= result["largest_difference_nats"] <= NATS
-    one, each = (result["impls"][name] for name in (ONE_PASS, SEPARATE))
-    assert result["rows_ratio"] == each["rows"] / one["rows"] == 12 * 21 / 32
+    joint, separate = (result["impls"][name] for name in (ONE_PASS, SEPARATE))
+    assert result["rows_ratio"] == separate["rows"] / joint["rows"] == 12 * 21 / 32
     # q, k, v, o: 4 d²; gate, up, down: 3 d f
-    assert one["product_flop"] == 2 * 3 * (4 * 32**2 + 3 * 32 * 64) * 32
-    assert result["time_ratio"] == each["seconds"]["best"] / one["seconds"]["best"]
+    assert joint["product_flop"] == 2 * 3 * (4 * 32**2 + 3 * 32 * 64) * 32
+    assert result["time_ratio"] == separate["seconds"]["best"] / joint["seconds"]["best"]
     ratios = result["time_ratio_per_round"]
     assert 0 < ratios["least"] <= ratios["p50"] <= ratios["most"]
     assert result["environment"]["threads"] == 1

@@ -18,9 +18,14 @@ from torch import Tensor
 from shardlens.bench.compiled import CHIPS
 from shardlens.kernels import rope_angles_reference
 from shardlens.kernels.head_cut import configs_of
-from shardlens.model import ModelConfig, Transformer, init_weights
-from shardlens.model.attention import causal_attention
-from shardlens.model.transformer import ForwardPass
+from shardlens.model import (
+    ForwardPass,
+    ModelConfig,
+    Transformer,
+    causal_attention,
+    init_weights,
+    inverse_frequencies,
+)
 
 # What the head's product of many rows must use.
 INSTRUCTIONS = {
@@ -105,7 +110,8 @@ def test_a_compiled_block_equals_the_eager_one(device: torch.device, either: str
     init_weights(model, std=0.2)
     block = model.blocks[1]
     positions = torch.arange(9, device=device)[None]
-    rope = rope_angles_reference(positions, model._inv_freq.to(device), torch.float32)
+    inv_freq = inverse_frequencies(model.config).to(device)
+    rope = rope_angles_reference(positions, inv_freq, torch.float32)
 
     forward_pass = ForwardPass(causal_attention(rope))
 

@@ -1,4 +1,4 @@
-"""Shapes of published models, the grids of the microbenchmarks, and models with random weights.
+"""Models to measure: shapes as published, random weights, and the same weights in transformers.
 
 A rank of p holds 1 / p of the heads, of the MLP and of the vocabulary, and whole rows.
 """
@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from ..model.config import ModelConfig
-from ..model.transformer import Transformer
-from ..model.weights import init_weights
-from ..parallel.group import TensorParallel
+from ..model import ModelConfig, RopeScaling, Transformer, hf_state_dict, init_weights
+from ..parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ STD = 0.02
 
 @dataclass(frozen=True)
 class Grid:
-    """Which models and ranks, and how much work: rows, or (requests, positions)."""
+    """Models, rank counts, and how much work: rows, or (requests, positions)."""
 
     models: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -142,3 +140,76 @@ def random_model(
         else:
             parameter.normal_(std=STD, generator=generator)
     return model.eval().requires_grad_(False)
+
+
+def as_transformers(model: Transformer, dtype: torch.dtype | None = None) -> Any:
+    """`model` as transformers runs it, with sdpa attention, in evaluation.
+
+    Its parameters are views of ours: q, k, v and gate, up are rows of fused weights. With another
+    dtype than the model's they are copies in it. Raises ValueError where transformers is missing
+    or has no such model.
+    """
+    assert model.parallel.size == 1, "the views need the whole model on one rank"
+    config = transformers_config(model.config, dtype or model.dtype)
+    model_class = getattr(_transformers(), model.config.architecture)
+    with torch.device("meta"):
+        hf = model_class(config).eval().requires_grad_(False)
+    tensors = {name: t.to(dtype or model.dtype) for name, t in hf_state_dict(model).items()}
+    if model.config.tied_head:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    differing = sorted(hf.state_dict().keys() ^ tensors.keys())
+    if differing:
+        raise ValueError(
+            f"{model.config.architecture} of transformers and this model differ in {differing[0]}"
+        )
+    hf.load_state_dict(tensors, assign=True)
+    # Frequencies are no part of a checkpoint: those above are on meta. They stay in float32.
+    rotary = hf.model.rotary_emb
+    hf.model.rotary_emb = type(rotary)(config=config).to(model.device)
+    assert not any(tensor.is_meta for tensor in (*hf.parameters(), *hf.buffers()))
+    return hf
+
+
+def transformers_config(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The config with which transformers builds the same model."""
+    family = config.architecture.removesuffix("ForCausalLM")
+    config_class = getattr(_transformers(), f"{family}Config")
+    return config_class(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d,
+        intermediate_size=config.ffn_size,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.context,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters=_rope_parameters(config.rope_scaling, config.rope_theta),
+        attention_bias=config.qkv_bias,
+        mlp_bias=config.mlp_bias,
+        tie_word_embeddings=config.tied_head,
+        attn_implementation="sdpa",
+        dtype=dtype,
+    )
+
+
+def _rope_parameters(scaling: RopeScaling, theta: float) -> dict[str, Any]:
+    given: dict[str, Any] = {"rope_type": scaling.kind, "rope_theta": theta}
+    if scaling.kind != "default":
+        given |= {"factor": scaling.factor}
+    if scaling.kind in ("llama3", "yarn", "dynamic"):
+        given |= {"original_max_position_embeddings": scaling.original_context}
+    if scaling.kind == "llama3":
+        given |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+    if scaling.kind == "yarn":
+        given |= {"beta_slow": scaling.low, "beta_fast": scaling.high}
+        given |= {"attention_factor": scaling.attention_factor, "truncate": scaling.truncate}
+    return given
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("needs transformers: pip install 'shardlens[dev]'") from None
+    return transformers
