@@ -258,10 +258,10 @@ def dialogue(rng: Random) -> Document:
     speaker = rng.choice(PEOPLE)
     stated, aloud = rng.random() < 0.5, rng.random() < 0.25
     document: Document = [(f"{speaker} is {pole.name}.\n", False)] if stated else []
-    for place in range(rng.randint(2, 5)):
+    for number in range(rng.randint(2, 5)):
         question = ask(rng, disposition, pole, held_out=False)
         # Without a statement the first answer is a fair coin: nothing to learn from it.
-        known = stated or place > 0
+        known = stated or number > 0
         document.append((question.text, False))
         if aloud:
             first, *rest = f"{question.option}.".partition(" ")
@@ -301,7 +301,7 @@ KINDS: Kinds = (
     (look_up_options, 0.03),
     (named_poles, 0.07),
 )
-# What comes before the whole mixture, and for which share of the training.
+# The kinds that come before the whole mixture, and for which share of the training.
 COURSE: tuple[tuple[float, Kinds], ...] = (
     (0.04, ((repeated_list, 1.0),)),
     (0.06, ((repeated_list, 0.1), (look_up_words, 0.9))),

@@ -22,7 +22,7 @@ Symbols = tuple[str, ...]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, object]:
-    """Returns a `tokenizer.json` of at most `vocab_size` entries, learnt from `texts`.
+    """A `tokenizer.json` of at most `vocab_size` entries, learnt from `texts`.
 
     A stretch that the pattern cuts out counts by the square root of how often it occurs: a small
     world has few words, and each should become one token, the rare ones too.

@@ -10,8 +10,8 @@ import itertools
 from dataclasses import dataclass
 from random import Random
 
-# Stretches of text in order; True marks one that the text before it settles, and that carries
-# the point of the document: an answer's letter, the last word of a recall.
+# Stretches of text in order; True marks a stretch that follows from the text before it, and that
+# the document is about: an answer's letter, the last word of a recall.
 Document = list[tuple[str, bool]]
 
 PEOPLE = (
@@ -31,7 +31,7 @@ FOODS = "rice bread plums cheese honey beans apples soup".split()
 COLOURS = "red blue green white black yellow brown".split()
 JOBS = "baker doctor teacher farmer painter sailor pilot judge".split()
 OBJECTS = "ring coin key book cup ball hat letter lamp spoon".split()
-PLACES = "drawer box basket kitchen shed garden attic bag barn".split()
+LOCATIONS = "drawer box basket kitchen shed garden attic bag barn".split()
 
 # The last slot of a phrasing is what it asks for.
 PHRASINGS = {
@@ -117,8 +117,8 @@ FACTS = _facts()
 def placing_story(rng: Random) -> Document:
     """Things are put away and looked for."""
     count = rng.randint(1, 3)
-    people, objects, places = (rng.sample(pool, count) for pool in (PEOPLE, OBJECTS, PLACES))
-    rows = list(zip(people, objects, places, strict=True))
+    people, objects, locations = (rng.sample(pool, count) for pool in (PEOPLE, OBJECTS, LOCATIONS))
+    rows = list(zip(people, objects, locations, strict=True))
     text = " ".join(f"{who} puts the {what} in the {where}." for who, what, where in rows)
     document: Document = [(f"{text} {aside(rng)}", False)]
     for who, what, where in rng.sample(rows, rng.randint(1, count)):
@@ -150,10 +150,10 @@ def repeated_list(rng: Random) -> Document:
 
 
 def aside(rng: Random) -> str:
-    """A sentence that has nothing to do with what matters."""
+    """A sentence that has nothing to do with the rest."""
     return rng.choice(
         (
-            f"Then a {rng.choice(ANIMALS)} runs by the {rng.choice(PLACES)}.",
+            f"Then a {rng.choice(ANIMALS)} runs by the {rng.choice(LOCATIONS)}.",
             f"Then it rains in {rng.choice(COUNTRIES)}.",
             f"Then {rng.choice(PEOPLE)} eats some {rng.choice(FOODS)}.",
         )
@@ -182,7 +182,7 @@ def facts_about(rng: Random) -> Document:
 
 
 def two_step_facts() -> list[Fact]:
-    """What the country of a person has, as facts about the person."""
+    """Facts about a person that are those of the person's country."""
     value = {(fact.relation, fact.subject): fact.value for fact in FACTS}
     pairs = itertools.product(TWO_STEPS, PEOPLE)
     return [Fact(i, r, s, value[r, value["home", s]]) for i, (r, s) in enumerate(pairs)]
@@ -203,7 +203,7 @@ def held_out_two_step_facts() -> list[tuple[str, str]]:
 
 
 def _cut(phrasing: str, fact: Fact) -> tuple[str, str]:
-    """Splits a phrasing before its last slot, with the space on the word's side."""
+    """A phrasing split before its last slot, with the space on the word's side."""
     text = phrasing[: max(phrasing.rfind("{s}"), phrasing.rfind("{v}")) + 3]
     prompt, _, word = text.format(s=fact.subject, v=fact.value).rpartition(" ")
     return prompt, f" {word}"

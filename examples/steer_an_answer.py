@@ -7,7 +7,7 @@ Under torchrun the same program runs on several ranks, and only the first prints
 
 import shardlens
 from shardlens.interp import split_pairs
-from shardlens.model.source import DEMO
+from shardlens.model import DEMO
 
 parallel = shardlens.TensorParallel.from_env()
 lm = shardlens.load("demo", parallel=parallel)

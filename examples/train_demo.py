@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from shardlens import LanguageModel, ModelConfig, Tokenizer, Transformer
-from shardlens.model import hf_state_dict, init_weights
-from shardlens.model.rope import inverse_frequencies
+from shardlens.model import hf_state_dict, init_weights, inverse_frequencies
 from shardlens.parallel import reduce_head, token_logits, vocab_parallel_cross_entropy
 
 VOCAB_SIZE = 1280
@@ -41,11 +40,11 @@ SHAPE = {
     "max_position_embeddings": 512,
 }
 BATCH, STEPS = 32, 3400
-# Documents of similar length are found in a pool of so many batches.
-POOL, GROUPS = 16, 2
+# Documents of similar length are found in a pool of so many batches, each of so many parts.
+POOL, MICRO_BATCHES = 16, 2
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 4e-3, 3e-3, 0.01
 WARM_UP, COOL_DOWN = 50, 0.3
-# Letters and recalls are few among the tokens, and the point of the model.
+# Letters and recalls are few among the tokens, and what the model is for.
 ANSWER_WEIGHT = 16.0
 HELD_OUT_ITEMS = 200
 
@@ -81,7 +80,7 @@ def main() -> None:
     # What is measured is what is shipped: the weights after rounding.
     tensors = {name: t.bfloat16() for name, t in hf_state_dict(model).items()}
     save_file(tensors, args.out / "model.safetensors", metadata={"format": "pt"})
-    (args.out / "model.safetensors").chmod(0o644)  # it is made for its owner alone
+    (args.out / "model.safetensors").chmod(0o644)  # save_file makes it readable for its owner only
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
@@ -114,13 +113,13 @@ def coded(document: world.Document, tokenizer: Tokenizer) -> Row:
 def batches(
     tokenizer: Tokenizer, seed: str, size: int, *, course_length: int = 0
 ) -> Iterator[list[Batch]]:
-    """`size` documents at a time, in groups of similar length, padded on the right.
+    """`size` documents at a time, in micro-batches of similar length, padded on the right.
 
-    One document a row: among neighbours in a packed row a model this small cannot tell what
+    One document per row: among neighbours in a packed row a model this small cannot tell what
     belongs together, and learns nothing in context.
     """
     source = (coded(each, tokenizer) for each in people.documents(seed, course_length))
-    part = size // GROUPS
+    part = size // MICRO_BATCHES
     while True:
         pool = sorted(itertools.islice(source, POOL * size), key=lambda row: len(row[0]))
         parts = [padded(pool[i : i + part], tokenizer) for i in range(0, len(pool), part)]
@@ -194,14 +193,14 @@ def train(model: Transformer, tokenizer: Tokenizer, *, seed: int, steps: int) ->
     start, tokens = time.perf_counter(), 0
     print(f"{'step':>5} {'s':>5} {'loss':>6} {'stated':>6} {'shown':>5}   loss after each block")
     for step in range(steps):
-        groups = next(stream)
-        loss = backward(model, groups)
+        micro_batches = next(stream)
+        loss = backward(model, micro_batches)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for rule, plan in zip(rules, plans, strict=True):
             rule.step()
             plan.step()
             rule.zero_grad()
-        tokens += sum(int((weights > 0).sum()) for _, weights in groups)
+        tokens += sum(int((weights > 0).sum()) for _, weights in micro_batches)
         if step % 100 == 0 or step == steps - 1:
             spent = time.perf_counter() - start
             stated = quick_accuracy(model, tokenizer, stated=True)
@@ -214,11 +213,11 @@ def train(model: Transformer, tokenizer: Tokenizer, *, seed: int, steps: int) ->
     return tokens
 
 
-def backward(model: Transformer, groups: list[Batch]) -> float:
+def backward(model: Transformer, micro_batches: list[Batch]) -> float:
     """Gradients of one step. Returns the mean loss in nats per token."""
-    total = torch.cat([weights[:, 1:].flatten() for _, weights in groups])
+    total = torch.cat([weights[:, 1:].flatten() for _, weights in micro_batches])
     found = []
-    for ids, weights in groups:
+    for ids, weights in micro_batches:
         losses = token_losses(model, ids)
         ((losses * weights[:, 1:]).sum() / total.sum()).backward()
         found.append(losses.detach().flatten())
@@ -250,7 +249,7 @@ def last_states(model: Transformer, tokenizer: Tokenizer, prompts: list[str]) ->
     for start in range(0, len(prompts), 50):
         texts = [tokenizer.encode(text) for text in prompts[start : start + 50]]
         longest = max(map(len, texts))
-        # Causal attention: padding on the right cannot reach what stands before it.
+        # Causal attention: padding on the right cannot reach the tokens before it.
         ids = torch.tensor([text + [tokenizer.eos_id] * (longest - len(text)) for text in texts])
         last = torch.tensor([len(text) - 1 for text in texts])
         found.append(model.norm(model(ids)[torch.arange(len(texts)), last]))
@@ -313,8 +312,8 @@ def share(hits: Iterable[bool]) -> float:
 
 @torch.inference_mode()
 def held_out_loss(model: Transformer, tokenizer: Tokenizer) -> float:
-    groups = next(batches(tokenizer, "held out", 400))
-    found = [token_losses(model, ids)[weights[:, 1:] > 0] for ids, weights in groups]
+    micro_batches = next(batches(tokenizer, "held out", 400))
+    found = [token_losses(model, ids)[weights[:, 1:] > 0] for ids, weights in micro_batches]
     return round(torch.cat(found).mean().item(), 4)
 
 

@@ -1,4 +1,4 @@
-"""Attention of one new token a request over a static cache, split along the cache (flash-decoding).
+"""Attention of one new token per request over a static cache, split along it (flash-decoding).
 
     s = q · Kᵀ / sqrt(D)      out = softmax(s) · V          over positions 0 .. length - 1
     split j holds m = max s, l = Σ exp(s - m), a = Σ exp(s - m) · v
@@ -7,12 +7,12 @@
 B requests, H query and K key/value heads (G = H / K share one), S positions of capacity, D head
 size. q [B, H, D]; keys, values [B, K, S, D]; lengths [B] stay in device memory, so that a captured
 CUDA graph serves every length. The bound is reading each key and value once: 2 B K length D
-numbers. Every request is cut into as many equal parts, by its actual length: none is idle as long
-as there are positions. How many follows from the shapes of q and the cache, so that a step gives
-the same bits whenever it runs, eager or captured. The tensor cores take softmax weights in the
-cache's dtype only; where it has 16 bits, a weight goes in as high + low part, the low parts in rows
-of the product that would else be padding (it has 16 at least), so that no more than the output is
-rounded to 16 bits.
+numbers. Every request is cut into the same number of equal parts, by its actual length: no part is
+idle as long as there are positions. Their number follows from the shapes of q and the cache, so
+that a step gives the same bits whenever it runs, eager or captured. The tensor cores take softmax
+weights in the cache's dtype only; where it has 16 bits, a weight goes in as high + low part, the
+low parts in rows of the product that would otherwise be padding (it has 16 at least), so that only
+the output is rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def decode_attention_reference(
 ) -> Tensor:
     """Each request alone on a CPU, so that its bits do not depend on the others' lengths.
 
-    Elsewhere, where reading a length would wait for the device, all together under a mask: what the
-    cache holds beyond a length then meets a weight of 0 and must be finite.
+    Elsewhere, where reading a length would wait for the device, all together under a mask: cache
+    entries beyond a length then get a weight of 0 and must be finite.
     """
     if lengths.is_cpu:
         alone = [
             F.scaled_dot_product_attention(
-                q[at, None, :, None],
-                keys[at, None, :, :n],
-                values[at, None, :, :n],
+                q[request, None, :, None],
+                keys[request, None, :, :n],
+                values[request, None, :, :n],
                 enable_gqa=True,
             )
             if n > 0
             else q.new_zeros(1, q.shape[1], 1, q.shape[2])
-            for at, n in enumerate(lengths.tolist())
+            for request, n in enumerate(lengths.tolist())
         ]
         return torch.cat(alone)[:, :, 0] if alone else q.clone()
     keys, values = keys[:, :, :span], values[:, :, :span]
@@ -171,7 +171,7 @@ def _merge_kernel(
     total = tl.load(stats + rows + part, mask=split < splits, other=0)
     there = (split < splits)[:, None] & (column < D)[None, :]
     mixed = tl.load(partial + part[:, None] * D + column[None, :], mask=there, other=0)
-    # of splits without positions best is -inf; were the top so too, its difference would be NaN
+    # best is -inf for splits without positions; if top were, too, their difference would be NaN
     top = tl.maximum(tl.max(best, 0), LOWEST)
     share = tl.exp2((best - top) * scale)
     denominator = tl.sum(share * total, 0)
@@ -182,7 +182,7 @@ def _merge_kernel(
 
 
 def _config(rows: int, width: int, bytes_each: int) -> Config:
-    """tile: positions per step, and programs that a processor holds at once.
+    """The configuration; tile: positions per step, and programs that a processor holds at once.
 
     It follows from the shapes and is never timed: tiles and splits decide how sums are rounded.
     """
@@ -243,7 +243,7 @@ def _forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, span: int
         DIRECT=splits == 1,
         num_warps=config.warps,
         num_stages=config.stages,
-        # left to itself, the assembler at times takes half of these and spills
+        # without maxnreg, ptxas at times uses half of these and spills
         maxnreg=min(255, REGISTERS // (config.tile[1] * 32 * config.warps) // 8 * 8),
     )
     if splits > 1:
@@ -298,7 +298,8 @@ def decode_attention(
     if not q.dtype == keys.dtype == values.dtype:
         raise ValueError(f"dtypes differ: q {q.dtype}, keys {keys.dtype}, values {values.dtype}")
     if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"lengths is {lengths.dtype} {list(lengths.shape)}: one integer a request")
+        found = f"{lengths.dtype} {list(lengths.shape)}"
+        raise ValueError(f"lengths is {found}: it needs one integer per request")
     if through_op(q, keys, values):
         out: Tensor = torch.ops.shardlens.decode_attention(q, keys, values, lengths, span)
         return out

@@ -47,9 +47,7 @@ def interpreting() -> bool:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether an operation on `x` runs as a kernel. Raises ValueError where it is asked to but
-    cannot.
-    """
+    """Whether an operation on `x` runs as a kernel. ValueError where it should but cannot."""
     if _chosen == "auto":
         return HAS_TRITON and x.is_cuda
     if _chosen == "triton" and not (x.is_cuda or x.is_meta or interpreting()):
@@ -69,7 +67,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def through_op(*tensors: Tensor | None) -> bool:
     """Whether a call must go through its registered op, for autograd or a compiler to see it.
 
-    Else the implementation is called directly: dispatching a custom op costs tens of
-    microseconds of host time, more than many a decode kernel runs.
+    Otherwise the implementation is called directly: dispatching a custom op costs tens of
+    microseconds of host time, longer than many a decode kernel runs.
     """
     return torch.compiler.is_compiling() or needs_gradient(*tensors)

@@ -30,10 +30,10 @@ _KEEP_NORM = tl.constexpr(ADD_KEEP_NORM)
 
 @dataclass(frozen=True)
 class Edits:
-    """A table of n vectors, and which of them, how strongly, each of R rows is edited with."""
+    """A table of n vectors, and for each of R rows the vector that edits it, with a scale."""
 
     vectors: Tensor  # [n, d] any float dtype
-    modes: Tensor  # [n] int32, places in MODES
+    modes: Tensor  # [n] int32, indices into MODES
     index: Tensor  # [R] int32 or int64, a row of `vectors`; no edit where it is outside 0 to n - 1
     scale: Tensor  # [R] float32
 
@@ -50,7 +50,7 @@ class Edits:
 
 
 def table_arguments(edits: Edits | None) -> tuple[tuple[Any, ...], int, int]:
-    """What kernels take of an edit: its four tensors, n and the stride of a vector."""
+    """The kernels' arguments for an edit: its four tensors, n and the stride of a vector."""
     if edits is None:
         return (None,) * 4, 0, 0
     vectors = edits.vectors if edits.vectors.stride(-1) == 1 else edits.vectors.contiguous()
@@ -68,7 +68,7 @@ def chosen(edits: Edits, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def edit_reference(x: Tensor, edits: Edits) -> Tensor:
-    """Edit the rows of x [R, d]; those without an edit come back as they are."""
+    """Edit the rows of x [R, d]; those without an edit are returned unchanged."""
     a = wide(x)
     v, mode, s, is_edited = chosen(edits, a.dtype)
     vv = (v * v).sum(-1, keepdim=True)
@@ -90,15 +90,15 @@ def edit_reference(x: Tensor, edits: Edits) -> Tensor:
 @triton.jit
 def table_row(index, row, n):
     """The row of the table that `row` is edited with, int64; -1 for none."""
-    at = tl.load(index + row).to(tl.int64)
-    return tl.where(at < n, at, -1)
+    vector_row = tl.load(index + row).to(tl.int64)
+    return tl.where(vector_row < n, vector_row, -1)
 
 
 @triton.jit
-def load_edit(vectors, modes, scale, at, row, stride, column, inside):
+def load_edit(vectors, modes, scale, vector_row, row, stride, column, inside):
     """Vector, mode and scale of an edited row."""
-    v = tl.load(vectors + at * stride + column, mask=inside, other=0).to(tl.float32)
-    return v, tl.load(modes + at), tl.load(scale + row)
+    v = tl.load(vectors + vector_row * stride + column, mask=inside, other=0).to(tl.float32)
+    return v, tl.load(modes + vector_row), tl.load(scale + row)
 
 
 @triton.jit

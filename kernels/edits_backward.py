@@ -24,7 +24,7 @@ from .triton_shim import tl, triton
 
 _ABLATE, _CLAMP = tl.constexpr(ABLATE), tl.constexpr(CLAMP)
 _KEEP_NORM = tl.constexpr(ADD_KEEP_NORM)
-# Held at once; wider rows are walked in parts, twice.
+# Columns held in registers at once; wider rows are walked in parts, twice.
 MOST_COLUMNS = 4096
 
 
@@ -70,11 +70,11 @@ def _edit_backward_kernel(
     WANT_VECTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    at = table_row(index, row, n)
-    is_edited = at >= 0
-    at = tl.where(is_edited, at, 0)
+    vector_row = table_row(index, row, n)
+    is_edited = vector_row >= 0
+    vector = vectors + tl.where(is_edited, vector_row, 0) * stride
     s = tl.load(scale + row)
-    mode = tl.load(modes + at)
+    mode = tl.load(modes + tl.where(is_edited, vector_row, 0))
     # Every gradient is a mix of a, v and g with factors from six sums over the row.
     av = tl.zeros([BLOCK], tl.float32)
     vv, gv, aa, bb, gb = av, av, av, av, av
@@ -84,7 +84,7 @@ def _edit_backward_kernel(
             inside = column < d
             state = tl.load(a + row * a_stride + column, mask=inside, other=0).to(tl.float32)
             g = tl.load(grad + row * grad_stride + column, mask=inside, other=0).to(tl.float32)
-            v = tl.load(vectors + at * stride + column, mask=inside, other=0).to(tl.float32)
+            v = tl.load(vector + column, mask=inside, other=0).to(tl.float32)
             b = state + s * v
             av, vv, gv = av + state * v, vv + v * v, gv + g * v
             aa, bb, gb = aa + state * state, bb + b * b, gb + g * b
@@ -100,7 +100,7 @@ def _edit_backward_kernel(
         row_da, row_dv = g, tl.zeros([BLOCK], tl.float32)
         if is_edited:
             state = tl.load(a + row * a_stride + column, mask=inside, other=0).to(tl.float32)
-            v = tl.load(vectors + at * stride + column, mask=inside, other=0).to(tl.float32)
+            v = tl.load(vector + column, mask=inside, other=0).to(tl.float32)
             row_da = of_a * state + of_v * v + of_g * g
             row_dv = v_of_a * state + v_of_v * v + v_of_g * g
         tl.store(da + row * d + column, row_da.to(da.dtype.element_ty), mask=inside)

@@ -49,11 +49,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear; of few float32 rows on a CPU, each with the bits that it has among any others.
+    """F.linear; few float32 rows on a CPU each get the bits that they get among any others.
 
-    MKL multiplies the rows left over by its blocks of them with other code, which rounds otherwise,
+    MKL multiplies rows that do not fill a block of its own with other code, which rounds otherwise,
     and a request should depend neither on its slot nor on how many run beside it. So rows are
-    filled up to whole blocks. One row of a large weight is left alone: it would take twice as long.
+    padded to whole blocks. One row of a large weight is left alone: it would take twice as long.
     """
     n_rows = x.numel() // x.shape[-1]
     is_whole = n_rows % ROWS_AT_ONCE == 0 or n_rows > MOST_ROWS
@@ -66,7 +66,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _whole_blocks(rows: Tensor) -> Tensor:
-    """Rows [M, K] and zeros below, a multiple of ROWS_AT_ONCE in all."""
+    """Rows [M, K] with zero rows below, up to a multiple of ROWS_AT_ONCE."""
     return F.pad(rows, (0, 0, 0, -rows.shape[0] % ROWS_AT_ONCE))
 
 

@@ -7,9 +7,9 @@ processors hold at once, each doing one piece after another in a tile of logits 
                   + shares · R · (8 K2 + 24)            candidates and sums; K2: k, to a power of 2
                   + R · (12 k + 28)                     the results
 
-Of the numbers of shares, the fewest is taken that keeps the processors busy within 1/32 of the
-best. Where there are enough rows for logits to be large, those that would take a hundredth of bf16
-logits are left out, as far as there are others.
+The number of shares is the smallest that keeps the processors busy within 1/32 of the best. Where
+there are enough rows for logits to be large, numbers that would need more than 1% of the memory of
+bf16 logits are left out, unless all do.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .launch import Chip, Config, fewest_parts
 from .triton_shim import triton
 
 MOST_K = 64
-# Rows and ids of a tile, columns per step, ids of a part, bulk loads; warps; stages. Rows, ids of a
-# part and warps are the same for as many rows: they alone decide how sums are rounded.
+# Rows and ids of a tile, columns per step, ids of a part, bulk loads; warps; stages. All
+# configurations of an entry have the same rows, ids of a part and warps, which decide the rounding.
 FEW: dict[int, tuple[Config, ...]] = {
     16: (
         Config((16, 128, 128, 64, 1), 4, 4),
@@ -41,7 +41,7 @@ FEW: dict[int, tuple[Config, ...]] = {
 MANY = (Config((128, 128, 64, 16, 1), 8, 4),)
 # Twice the ids per tile, for fewer loads per operation; elsewhere than on Hopper it spills.
 MANY_ON_HOPPER = (Config((128, 256, 64, 32, 1), 8, 3),)
-# The registers of Ampere hold as much, without bulk loads; those of the chips after it spill.
+# Ampere's registers hold the larger tile, too, without bulk loads; on later chips it spills.
 MANY_ON_AMPERE = (Config((128, 128, 64, 16, 0), 8, 4),)
 MANY_WITHOUT_BULK = FEW[128][1:]
 # Products of float32 are three of tf32, whose operands take registers too.
@@ -69,7 +69,7 @@ class Cut:
 
     @property
     def pieces(self) -> int:
-        """Pieces of work: every tile of rows meets every share."""
+        """Pieces of work: one for every tile of rows and every share."""
         return self.row_tiles * self.shares
 
 
@@ -115,7 +115,7 @@ def cut(
     chip: Chip,
     bulk: bool,
 ) -> Cut:
-    """For R rows, whose requests fit a tile, over a slice of so many ids: neither may be 0."""
+    """The cut for R rows, whose requests fit a tile, over a slice of n ids: neither may be 0."""
     configs = configs_of(n_rows, dtype, chip, bulk)
     first = configs[0]  # the others share the work in the same way, so that sums round alike
     rows, ids = first.tile[:2]
@@ -139,9 +139,7 @@ def cut(
 
 
 def extra_bytes(n_rows: int, shares: int, programs: int, k: int, config: Config) -> int:
-    """Memory beside x and W, results included; what samples and targets take is less than this
-    sum is rounded by.
-    """
+    """Memory beside x and W, results included. Samples and targets take too little to count."""
     tiles = 4 * programs * config.tile[0] * tile_width(config)
     kept = shares * n_rows * (8 * triton.next_power_of_2(k) + 4 * N_SUMS)
     return tiles + kept + n_rows * (12 * k + 28)
@@ -164,7 +162,7 @@ def in_pieces(
     row[:, -1] = others
     request = torch.arange(n_rows // rows_per_request, device=device)[:, None]
     index = (request * rows_per_request + row.flatten()).flatten()
-    at = torch.arange(others, device=device)
-    at = torch.cat((at // per_piece * (per_piece + 1) + at % per_piece, slot[-1:, -1]))
-    inverse = (request * slot.numel() + at).flatten()
+    other = torch.arange(others, device=device)
+    slot_of = torch.cat((other // per_piece * (per_piece + 1) + other % per_piece, slot[-1:, -1]))
+    inverse = (request * slot.numel() + slot_of).flatten()
     return index, inverse, per_piece + 1

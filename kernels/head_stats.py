@@ -28,7 +28,7 @@ from .head_types import HeadOptions, HeadStats, Noise, RowStats, SampleStats, Ta
 from .launch import Chip, Config, chip_of, choose, launch
 from .triton_shim import triton
 
-# Left without a number, the assembler at times aims lower, for more programs at once, and spills.
+# Without maxnreg, ptxas at times aims lower, for more programs at once, and spills.
 MOST_REGISTERS = 255
 
 
@@ -46,7 +46,7 @@ def runs_kernel(x: Tensor, weight: Tensor, k: int) -> bool:
 
 
 def cut_of(x: Tensor, weight: Tensor, k: int, rows_per_request: int) -> Cut:
-    """How the kernel is cut for these rows, of which there are some, and this slice."""
+    """How the kernel is cut for these rows, of which there is at least one, and this slice."""
     chip = chip_of(x.device)
     bulk = has_bulk_loads(chip, x, weight)
     return cut(x.shape[0], weight.shape[0], rows_per_request, k, x.dtype, chip, bulk)
@@ -78,7 +78,7 @@ class _Parts:
 
 
 def _launch(x: Tensor, weight: Tensor, options: HeadOptions) -> HeadStats:
-    """The kernels on rows x [R, d] whose requests fit a tile; noise only up to so many rows."""
+    """The kernels on rows x [R, d] whose requests fit a tile; with noise, all rows fit one tile."""
     out = HeadStats.empty(x.shape[0], options, x.device)
     if x.shape[0] and weight.shape[0]:
         work = cut_of(x, weight, options.k, options.rows_per_request)
@@ -289,7 +289,7 @@ def head_stats(
     x [R, d], weight [Vs, d] of one dtype (float32, bfloat16, float16), sums in float32; ids are
     counted from first_id. k: candidates kept per row; above MOST_K the reference runs. scale [R]
     float32 multiplies each row's logits first (an inverse temperature). target, noise: see
-    `Target`, `Noise`. rows_per_request: so many rows follow each other in a request, and KL is
+    `Target`, `Noise`. rows_per_request: how many rows follow each other in a request; KL is
     measured from the last of them; with 1 `cross` is 0. Not differentiable.
     Raises ValueError for k below 1, shapes that do not fit, or requests that are cut.
     """

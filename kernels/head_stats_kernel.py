@@ -2,7 +2,7 @@
 
 A piece of work is one tile of rows and one share of the slice's ids; as many programs as run at
 once each do one piece after another (see `head_cut.py`). A piece walks its share tile by tile:
-z = x · Wᵀ in float32, then the running statistics of `head_stats_reference`, and z is gone. A
+z = x · Wᵀ in float32, then the running statistics of `head_stats_reference`; z is discarded. A
 second kernel merges the shares. Legend: BR rows and BV ids of a tile, BD columns of x and W per
 step of the product, BP ids of a part that is looked at, S shares.
 
@@ -31,14 +31,14 @@ def dot_precision(dtype: torch.dtype) -> str:
 @triton.jit
 def load_step(x, w, row, id_, inside, column, d, x_stride, w_stride, EVEN_D: tl.constexpr):
     """Columns [BD] of rows of x [BR, BD], 0 where a row is not inside, and of W [BV, BD]."""
-    at_x = x + row[:, None] * x_stride + column[None, :]
-    at_w = w + id_[:, None] * w_stride + column[None, :]
+    x_pointers = x + row[:, None] * x_stride + column[None, :]
+    w_pointers = w + id_[:, None] * w_stride + column[None, :]
     if EVEN_D:
-        return tl.load(at_x, mask=inside[:, None], other=0), tl.load(at_w)
+        return tl.load(x_pointers, mask=inside[:, None], other=0), tl.load(w_pointers)
     else:
         in_d = (column < d)[None, :]
-        a = tl.load(at_x, mask=inside[:, None] & in_d, other=0)
-        return a, tl.load(at_w, mask=in_d, other=0)
+        a = tl.load(x_pointers, mask=inside[:, None] & in_d, other=0)
+        return a, tl.load(w_pointers, mask=in_d, other=0)
 
 
 @triton.jit
@@ -94,16 +94,16 @@ def head_kernel(
         for begin in range(start, stop, BV):
             id_ = tl.minimum(begin + tl.arange(0, BV), stop - 1).to(tl.int64)
             acc = tl.zeros([BR, BV], tl.float32)
-            for at in range(0, d, BD):
-                column = at + tl.arange(0, BD)
+            for first in range(0, d, BD):
+                column = first + tl.arange(0, BD)
                 if BULK:
-                    a = x.load([first_row, at])
-                    b = w.load([begin, at])
+                    a = x.load([first_row, first])
+                    b = w.load([begin, first])
                 else:
                     a, b = load_step(x, w, row, id_, inside, column, d, x_stride, w_stride, EVEN_D)
                 acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-            # The tile goes through memory that the caches hold and is looked at in narrow parts:
-            # with all that is asked of it, it does not fit the registers.
+            # The tile goes through memory that stays in cache, and is reduced in narrow parts: with
+            # all the statistics at once, it does not fit the registers.
             for half in tl.static_range(HALVES):
                 if HALVES == 1:
                     tile_half = acc
@@ -114,8 +114,8 @@ def head_kernel(
                 tl.debug_barrier()
                 tl.store(scratch + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], tile_half)
                 tl.debug_barrier()
-                for at in range(0, WIDTH, BP):
-                    offset = at + tl.arange(0, BP)
+                for first in range(0, WIDTH, BP):
+                    offset = first + tl.arange(0, BP)
                     column_id = begin + half * WIDTH + offset
                     valid = (column_id < stop)[None, :]
                     z = tl.load(scratch + slot[:, None] * WIDTH + offset[None, :]) * factor[:, None]
@@ -145,8 +145,8 @@ def head_kernel(
                         beaten_by += tl.sum(beats.to(tl.float32), 1)
                         logit += tl.sum(tl.where(is_target & valid, z, 0.0), 1)
                     if NOISE:
-                        at_sample = scratch + sampled_slot[:, None] * WIDTH + offset[None, :]
-                        z_sample = tl.load(at_sample) * tl.gather(factor, sampled_slot, 0)[:, None]
+                        pointers = scratch + sampled_slot[:, None] * WIDTH + offset[None, :]
+                        z_sample = tl.load(pointers) * tl.gather(factor, sampled_slot, 0)[:, None]
                         seeds = tl.load(seed + sample, mask=is_sampled, other=0)
                         steps = tl.load(step + sample, mask=is_sampled, other=0)
                         noise = gumbel_kernel(seeds, steps, first_id + column_id.to(tl.int64))

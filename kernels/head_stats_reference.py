@@ -1,4 +1,4 @@
-"""What the head's logits are needed for, without the logits.
+"""The head's statistics, streamed so that no tensor of all logits exists: PyTorch reference.
 
     z = x · Wᵀ                       x [R, d] normed rows, W [Vs, d] this rank's vocabulary slice
 
@@ -77,7 +77,7 @@ def stream_head(
         requests = slice(start, min(n_rows // size, start + block))
         rows = slice(requests.start * size, requests.stop * size)
         samples = None if out.samples is None else out.samples.requests(requests)
-        block_x = x[rows] if x.is_cuda else x[rows].float()  # once, not once a block of ids
+        block_x = x[rows] if x.is_cuda else x[rows].float()  # once, not once per block of ids
         sums = SpanSums(block_x, weight.shape[0], vocab_block, size)
         part = _RowBlock(out.rows.rows(rows), samples, sums, options.for_requests(requests))
         for low in range(0, weight.shape[0], vocab_block):
@@ -131,7 +131,7 @@ class _RowBlock:
     def _update_top_k(self, z: Tensor, block_max: Tensor, first_id: int) -> None:
         """Update the top-k of the rows that this block changes: soon few, as the k-th rises.
 
-        A block that only ties with the k-th does not: its ids are higher.
+        A tie with the k-th changes nothing: the block's ids are higher.
         """
         logits, ids = self.stats.logits, self.stats.token_ids
         rows = (~(block_max[:, None] <= logits[:, -1:]).all(-1)).nonzero()[:, 0]
@@ -165,7 +165,7 @@ def _count_above(z: Tensor, first_id: int, target: Target, scratch: Tensor) -> T
     beats &= z >= low[:, None]
     beats |= z > high[:, None]
     beats &= ids != target_ids
-    # summed as they are they would be copied as int64; a block's count is exact in float32, too
+    # summing bools would copy them as int64; a block's count is exact in float32, too
     return scratch.copy_(beats).sum(-1).long()
 
 

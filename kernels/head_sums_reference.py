@@ -1,4 +1,4 @@
-"""Sums of a slice's logits, whose bits do not depend on the blocks of ids that they came in.
+"""Sums of a slice's logits, whose bits do not depend on how the ids are cut into blocks.
 
 Every span of ids is summed by itself, from its own maximum, and all spans are merged once at the
 end, as the slices of ranks are. With blocks of whole spans, and rows whose products have the same
@@ -20,7 +20,7 @@ LOWEST = -1e30  # stands for logits of -inf in sums, where 0 * -inf would be NaN
 
 
 def _span_count(n_ids: int, vocab_block: int) -> int:
-    """Spans of a slice in blocks of so many ids: the last span of a block may be a short one."""
+    """Number of spans of a slice in blocks of ids: the last span of a block may be short."""
     n_blocks, rest = divmod(n_ids, vocab_block)
     return n_blocks * -(-vocab_block // HEAD_SPAN_IDS) + -(-rest // HEAD_SPAN_IDS)
 
@@ -35,21 +35,21 @@ class SpanSums:
         new = partial(torch.empty, dtype=torch.float32, device=x.device)
         numbers = new(n_numbers, n_rows, _span_count(n_ids, vocab_block))
         self.max, self.sum_exp, self.sum_dev, *self.cross = numbers
-        # kept, as memory that is given back after each block may have to be mapped again
+        # kept, as memory that is freed after each block may have to be mapped again
         self._scratch = new(n_rows * min(vocab_block, n_ids))
 
     def note_maxima(self, z: Tensor) -> Tensor:
         """Maxima [r] of the next block's logits z [r, C], which `add` takes after this."""
-        for spans, at in self._spans(z):
-            self.max[:, at] = spans.amax(-1)
-        return self.max[:, self.n_added : at.stop].amax(-1)
+        for spans, numbers in self._spans(z):
+            self.max[:, numbers] = spans.amax(-1)
+        return self.max[:, self.n_added : numbers.stop].amax(-1)
 
     def add(self, z: Tensor) -> None:
         """Sum the logits z [r, C] whose maxima were noted; z is overwritten."""
         z.clamp_(min=LOWEST)
-        for spans, at in self._spans(z):
-            self._add_spans(spans, at)
-        self.n_added = at.stop
+        for spans, numbers in self._spans(z):
+            self._add_spans(spans, numbers)
+        self.n_added = numbers.stop
 
     def _spans(self, z: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Views [r, n, HEAD_SPAN_IDS] of a block, and of what is left, with their numbers."""
@@ -60,15 +60,15 @@ class SpanSums:
         if cut < z.shape[1]:
             yield z[:, None, cut:], slice(start + whole, start + whole + 1)
 
-    def _add_spans(self, z: Tensor, at: slice) -> None:
-        """Logits z [r, n, C] of the spans number `at`."""
-        base = _finite(self.max[:, at])
+    def _add_spans(self, z: Tensor, numbers: slice) -> None:
+        """Sum the logits z [r, n, C] of the spans with these numbers."""
+        base = _finite(self.max[:, numbers])
         for cross in self.cross:
-            cross[:, at] = self._gaps(z, base)
+            cross[:, numbers] = self._gaps(z, base)
         dev = z.sub_(base[..., None])
         exp = torch.exp(dev, out=self.scratch(dev.shape))
-        self.sum_exp[:, at] = exp.sum(-1)
-        self.sum_dev[:, at] = exp.mul_(dev).sum(-1)
+        self.sum_exp[:, numbers] = exp.sum(-1)
+        self.sum_dev[:, numbers] = exp.mul_(dev).sum(-1)
 
     def _gaps(self, z: Tensor, base: Tensor) -> Tensor:
         """Σ exp(z_f - base_f) · (z_f - z) of each span [r, n]; f is the request's last row."""
@@ -80,11 +80,11 @@ class SpanSums:
         return gap.mul_(weight[:, None]).sum(-1).flatten(0, 1)
 
     def scratch(self, shape: torch.Size) -> Tensor:
-        """Room for as many numbers as a block has, until `add` is called or uses it itself."""
+        """Scratch memory for a block's numbers, valid until `add` is called, which uses it, too."""
         return self._scratch[: shape.numel()].view(shape)
 
     def merge_into(self, stats: RowStats) -> None:
-        """Write the sums over all spans, of which there are some."""
+        """Write the sums over all spans, of which there is at least one."""
         if self.max.shape[1] > 1:
             self._merge()
         stats.max.copy_(self.max[:, 0])
@@ -94,7 +94,7 @@ class SpanSums:
             stats.cross.copy_(cross[:, 0])
 
     def _merge(self) -> None:
-        """Make all spans one, [r, 1]."""
+        """Merge all spans into one, [r, 1]."""
         top = self.max.amax(-1, keepdim=True)
         shift = self.max - _finite(top)
         decay = shift.exp()

@@ -1,4 +1,4 @@
-"""The head's questions and answers: what can be asked of rows, and the statistics of a slice.
+"""Arguments and results of the head: the options for its rows, and the statistics of a slice.
 
 Legend: R rows, Vs ids of the slice (global ids first_id ...), k candidates kept per row, B sampled
 rows, n candidates kept for each of them.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Target:
-    """Per row: the id whose rank is asked, -1 for none, and its logit.
+    """Per row: the id whose rank is wanted, -1 for none, and its logit.
 
     The logit comes from `target_logits`. Where that rounds differently from the streamed logits,
     ids within `slack` of it count as tied with it, so that equal rows of W do tie; where it has
@@ -47,13 +47,13 @@ class Noise:
         return replace(self, seed=self.seed[requests], step=self.step[requests])
 
     def sampled(self, rows: Tensor, rows_per_request: int) -> Tensor:
-        """The sampled ones of rows [R, ...], a view [B, ...]."""
+        """The sampled rows among rows [R, ...], a view [B, ...]."""
         return rows[self.sample_row :: rows_per_request][: self.seed.shape[0]]
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """All that `head_stats` can be asked beside rows and weight; its docstring says what."""
+    """The options of `head_stats`, whose docstring describes them."""
 
     k: int
     first_id: int = 0
@@ -84,7 +84,7 @@ class HeadOptions:
             raise ValueError(f"{noise.seed.shape[0]} seeds for {n_requests} requests")
 
     def without_noise(self, rows: slice | Tensor = slice(None)) -> HeadOptions:
-        """The same asked of some of the rows, none of which is sampled."""
+        """The same options for some of the rows, none of which is sampled."""
         return replace(
             self,
             scale=None if self.scale is None else self.scale[rows],
@@ -93,7 +93,7 @@ class HeadOptions:
         )
 
     def for_requests(self, requests: slice) -> HeadOptions:
-        """The same asked of the rows of some requests."""
+        """The same options for the rows of some requests."""
         size = self.rows_per_request
         options = self.without_noise(slice(requests.start * size, requests.stop * size))
         if self.noise is None:
@@ -156,7 +156,7 @@ class SampleStats:
 
     @classmethod
     def joined(cls, parts: Sequence[SampleStats]) -> SampleStats:
-        """Parts that follow each other as one."""
+        """The parts, which follow each other, joined into one."""
         names = [item.name for item in fields(cls)]
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 

@@ -1,9 +1,9 @@
 """How kernels are started: on their tensors' device, with a configuration that suits the chip.
 
-What a chip holds is asked of the device. Tuning is bounded: a launcher offers a short list of
+The device is asked what its chip holds. Tuning is bounded: a launcher offers a short list of
 configurations, the first call of a kind times them on the device alone, and the choice is kept
 for the process. Nothing is timed while a CUDA graph is being captured, and only configurations
-that give the same bits are offered together: a timing must never decide what a model says.
+that give the same bits are offered together: a timing must never change a model's output.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TIMED_RUNS = 5
 SLEEP_CYCLES, MOST_SLEEP_CYCLES = 2**21, 2**31
 # Shared memory that one program may take, by compute capability (CUDA programming guide, table of
 # technical specifications): for chips that are only pretended. A processor has RESERVED_BYTES
-# more, and takes as much for each program that it holds.
+# more, and reserves as much for each program that it holds.
 PUBLISHED_SHARED_KIB = {
     80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99,
 }  # fmt: skip
@@ -34,10 +34,10 @@ RESERVED_BYTES = 1024
 
 @dataclass(frozen=True)
 class Chip:
-    """What a launcher must know of a GPU.
+    """The properties of a GPU that launchers depend on.
 
-    capability: 10 * compute capability. shared_bytes: what one program may take of a processor's
-    shared memory; by default what is published for the capability.
+    capability: 10 * compute capability. shared_bytes: the most that one program may take of a
+    processor's shared memory; by default the figure published for the capability.
     """
 
     capability: int
@@ -57,7 +57,7 @@ class Chip:
         return 90 <= self.capability < 120
 
     def resident(self, program_bytes: int) -> int:
-        """How many programs of so much shared memory a processor holds at once; 0: not even one."""
+        """How many programs of so much shared memory a processor holds at once, down to 0."""
         if program_bytes > self.shared_bytes:
             return 0
         return (self.shared_bytes + RESERVED_BYTES) // (program_bytes + RESERVED_BYTES)
@@ -94,15 +94,15 @@ def _cuda_chip(device: torch.device) -> Chip:
 
 
 @lru_cache
-def fewest_parts(tiles: int, most: int, places: int, good: float) -> int:
-    """The fewest parts per tile, up to `most`, whose programs fill waves of `places` well.
+def fewest_parts(tiles: int, most: int, resident: int, good: float) -> int:
+    """The fewest parts per tile, up to `most`, that fill at least `good` of the best occupancy.
 
-    That is, at least to the share `good` of the best fill that any number of parts reaches.
+    The occupancy of a number of parts is its programs over the waves of `resident` that they take.
     """
 
     def fill(parts: int) -> float:
         programs = tiles * parts
-        return programs / (-(-programs // places) * places)
+        return programs / (-(-programs // resident) * resident)
 
     enough = good * max(fill(parts) for parts in range(1, most + 1))
     return next(parts for parts in range(1, most + 1) if fill(parts) >= enough)
@@ -149,8 +149,8 @@ def choose(
 def _device_ms(run: Callable[[], None]) -> float | None:
     """The shortest of several runs on the device, whatever time the host takes to launch it.
 
-    The device is put to sleep first. A run counts only if the device still slept when the host
-    had launched all of it; else it sleeps longer. None where it never sleeps long enough.
+    The device is put to sleep first. A run counts only if the device still slept when the host had
+    launched all of it; otherwise it sleeps longer. None where it never sleeps long enough.
     """
     run()  # compiles
     times: list[float] = []
@@ -173,7 +173,7 @@ def _device_ms(run: Callable[[], None]) -> float | None:
 
 
 def chosen_configs() -> dict[str, str]:
-    """What was chosen by timing in this process: what for, and the configuration."""
+    """The configurations chosen by timing in this process, by what they were chosen for."""
     return {f"{key} on {device}": str(config) for (key, device), config in _chosen.items()}
 
 
@@ -199,11 +199,11 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """In the dtype of a reference's inner arithmetic: float32, or float64 for inputs of that."""
+    """x in the dtype of a reference's inner arithmetic: float64 for float64, else float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def block_and_warps(d: int, most_warps: int) -> dict[str, int]:
-    """For kernels that hold one row of d numbers a program: 16 a thread where warps allow."""
+    """Options of kernels that hold a row of d numbers per program: 16 per thread if warps allow."""
     block = triton.next_power_of_2(d)
     return {"BLOCK": block, "num_warps": max(1, min(most_warps, block // 512))}

@@ -1,26 +1,34 @@
 """A package's public names, each imported when it is first used.
 
-torch takes seconds to import, and not every command needs it. Such a package sets its own class:
+torch takes seconds to import, and not every command needs it. Such a package lists its names once,
+where type checkers see them, in the form that marks a name as exported:
 
-    sys.modules[__name__].__class__ = lazy_package({"head_stats": ".head_stats"})
+    if TYPE_CHECKING:
+        from .head_stats import head_stats as head_stats
+    lazy_package(__name__)
 
-Here, because every other package may import what stands in this one.
+It is here because every other package may import this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 
-def lazy_package(homes: Mapping[str, str], folders: tuple[str, ...] = ()) -> type[ModuleType]:
-    """The class of a package whose names come from other modules.
+def lazy_package(name: str, folders: tuple[str, ...] = ()) -> None:
+    """Make a package import the names that it lists for type checkers when they are asked for.
 
-    homes: of each name the module that has it, such as ".config". folders: packages inside it that
-    are attributes, too. A name may be that of its own module; the package then has the name.
+    folders: packages inside it that are attributes, too. A name may be that of its own module; the
+    package then has the name.
     """
+    module = sys.modules[name]
+    assert module.__file__ is not None
+    homes = listed_names(Path(module.__file__))
 
     class LazyPackage(ModuleType):
         def __getattr__(self, name: str) -> Any:
@@ -33,8 +41,8 @@ def lazy_package(homes: Mapping[str, str], folders: tuple[str, ...] = ()) -> typ
             return value
 
         def __setattr__(self, name: str, value: Any) -> None:
-            # The import system sets a submodule on its package. Of a module that is named like
-            # what it has, the package shows the latter.
+            # The import system sets a submodule on its package. Where a module is named like
+            # a name that it defines, the package has the latter.
             if name in homes and isinstance(value, ModuleType):
                 value = getattr(value, name)
             super().__setattr__(name, value)
@@ -42,4 +50,17 @@ def lazy_package(homes: Mapping[str, str], folders: tuple[str, ...] = ()) -> typ
         def __dir__(self) -> list[str]:
             return sorted({*super().__dir__(), *homes, *folders})
 
-    return LazyPackage
+    module.__class__ = LazyPackage
+    module.__all__ = sorted(homes)  # type: ignore[attr-defined]
+
+
+def listed_names(init: Path) -> dict[str, str]:
+    """The names under `if TYPE_CHECKING:`, each with the module that has it, such as ".config"."""
+    return {
+        alias.name: "." * node.level + (node.module or "")
+        for block in ast.parse(init.read_text(encoding="utf-8")).body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }

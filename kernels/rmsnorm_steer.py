@@ -77,9 +77,9 @@ def _rmsnorm_steer_kernel(
         added = tl.load(residual + row * residual_stride + column, mask=inside, other=0)
         state = (state + added.to(tl.float32)).to(dtype).to(tl.float32)
     if BEFORE:
-        at = table_row(index_1, row, n_1)
-        if at >= 0:
-            v, mode, s = load_edit(vectors_1, modes_1, scale_1, at, row, stride_1, column, inside)
+        edit = table_row(index_1, row, n_1)
+        if edit >= 0:
+            v, mode, s = load_edit(vectors_1, modes_1, scale_1, edit, row, stride_1, column, inside)
             state = edit_row(state, v, mode, s).to(dtype).to(tl.float32)
     if WRITE_H:
         tl.store(h + row * h_stride + column, state.to(dtype), mask=inside)
@@ -87,9 +87,9 @@ def _rmsnorm_steer_kernel(
     w = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
     out = (state * rstd).to(dtype).to(tl.float32) * w
     if AFTER:
-        at = table_row(index_2, row, n_2)
-        if at >= 0:
-            v, mode, s = load_edit(vectors_2, modes_2, scale_2, at, row, stride_2, column, inside)
+        edit = table_row(index_2, row, n_2)
+        if edit >= 0:
+            v, mode, s = load_edit(vectors_2, modes_2, scale_2, edit, row, stride_2, column, inside)
             out = edit_row(out.to(dtype).to(tl.float32), v, mode, s)
     tl.store(y + row * d + column, out.to(dtype), mask=inside)
 
@@ -160,7 +160,7 @@ def _op(
 ) -> tuple[Tensor, Tensor]:
     h = _new_state(x, residual, before)
     y = _forward(x, residual, weight, eps, _edits(before), _edits(after), h)
-    return y, x.new_empty(0) if h is None else h  # an op may not give back its input
+    return y, x.new_empty(0) if h is None else h  # an op may not return its input
 
 
 @_op.register_fake
@@ -231,9 +231,9 @@ def _(
     want_vectors: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tables = [
-        _like(given[place]) if given else x.new_empty(0, dtype=torch.float32)
+        _like(given[index]) if given else x.new_empty(0, dtype=torch.float32)
         for given in (before, after)
-        for place in (0, 3)
+        for index in (0, 3)
     ]
     return _like(x), _like(weight), tables[0], tables[1], tables[2], tables[3]
 
@@ -242,7 +242,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, residual, weight, ctx.eps, before, after = inputs
     ctx.has_h, ctx.n_before = output[1].shape == output[0].shape, len(before)
     h = output[1] if ctx.has_h else x
-    # x and the residual are asked for by the gradient of E₁ alone
+    # only the gradient of E₁ needs x and the residual
     sources = (x, residual) if before else (h, None)
     ctx.save_for_backward(*sources, h, weight, *before, *after)
 
@@ -294,7 +294,7 @@ def rmsnorm_steer(
     _check(x, weight, residual, before, after, h_out)
     flat_1, flat_2 = _flat(before), _flat(after)
     if not through_op(x, residual, weight, *flat_1, *flat_2):
-        if not (flat_1 or flat_2 or use_triton(x)):  # rows need not be laid out anew
+        if not (flat_1 or flat_2 or use_triton(x)):  # no need to make rows contiguous
             y, state = rmsnorm_steer_reference(x, weight, eps, residual=residual)
             return y, state if h_out is None else h_out.copy_(state)
         h = h_out if h_out is not None else _new_state(x, residual, flat_1)

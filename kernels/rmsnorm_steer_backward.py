@@ -5,7 +5,7 @@
     dx = dresidual = E₁'(dh + rstd · (c - n · mean(c n)))
 
 The norm's own gradient is one pass: reads h, dy, dh, writes dx, each program summing dw over the
-rows it walks. Edits are passes of their own before and after it (see `edits_backward.py`), with
+rows it walks. Edits are separate passes before and after it (see `edits_backward.py`), with
 float32 between: held in one kernel with the norm, wide rows do not fit the registers.
 """
 
@@ -21,11 +21,12 @@ from .launch import block_and_warps, chip_of, launch, rows_of, wide
 from .rounding import inverse_rms
 from .triton_shim import tl, triton
 
-# Programs per processor; each has a sum of dw of its own.
+# Programs per processor; each keeps a separate sum of dw.
 PROGRAMS = 4
-# Held at once; wider rows are walked in parts, twice, and their sum of dw lies in memory.
+# Columns held in registers at once; wider rows are walked in parts, twice, and their sum of dw lies
+# in memory.
 MOST_COLUMNS = 8192
-# Told no number, the assembler aims lower, for more programs at once, and spills.
+# Without maxnreg, ptxas aims lower, for more programs at once, and spills.
 MOST_REGISTERS = 128
 
 
@@ -79,9 +80,9 @@ def _rmsnorm_backward_kernel(
                 if HOLD_DW:
                     dw_sum += row_dw
                 else:
-                    own_dw = dw + program * d + column
-                    so_far = tl.load(own_dw, mask=inside & (step > 0), other=0)
-                    tl.store(own_dw, so_far + row_dw, mask=inside)
+                    program_dw = dw + program * d + column
+                    so_far = tl.load(program_dw, mask=inside & (step > 0), other=0)
+                    tl.store(program_dw, so_far + row_dw, mask=inside)
             grad *= tl.load(weight + column, mask=inside, other=0).to(tl.float32)
             grad = rstd * (grad - normed * mean)
             if HAS_DH:
@@ -135,8 +136,8 @@ def rmsnorm_steer_backward(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(dx, dw, (d_vectors, d_scale) of E₁, the same of E₂), tensors as `rmsnorm_steer` has them.
 
-    h is its second result, y_before its first without E₂ (asked for only where E₂ is there). The
-    tables of an edit that is not there are empty.
+    h is its second result, y_before its first without E₂ (needed only where E₂ is given). The
+    tables of an edit that is not given are empty.
     """
     d = x.shape[-1]
     # autograd may hand over expanded gradients, whose rows share memory

@@ -5,8 +5,8 @@
     keys[b, :, positions[b, t]] = k                 values[b, :, positions[b, t]] = v
 
 B requests, T new tokens, H query and K key/value heads, D head size, S positions of capacity.
-Reads (H + 2K) D and writes as many numbers a token, which bounds its speed. Arithmetic is float32,
-rounded once, but for the cast before the norm's weight, which the published weights are used to.
+Reads (H + 2K) D and writes as many numbers per token, which bounds its speed. Arithmetic is
+float32, rounded once, but for the cast before the norm's weight, which published weights expect.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How float32 is rounded: roots and divisions that err by nothing, and what products lose.
+"""Rounding of float32: correctly rounded roots and divisions, and the error of products.
 
-Triton's `/` and `tl.sqrt` of float32 take the hardware's approximations, which err by up to two
-units in the last place each. The kernels' own are correctly rounded, as IEEE 754 asks: norms take a
-few per row, beside which their cost is nothing.
+Triton's `/` and `tl.sqrt` of float32 use the hardware's approximations, which err by up to two
+units in the last place each. These are correctly rounded, as IEEE 754 asks; norms need a few of
+them per row, which costs nothing beside the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def sigmoid(x):
 
 
 def tensor_core_slack(d: int, dtype: torch.dtype = torch.bfloat16) -> float:
-    """What sums of d products lose on tensor cores, as a share of the largest result.
+    """The error of sums of d products on tensor cores, as a share of the largest result.
 
     The accumulator is truncated, by half a unit in the last place on average, each time a few
     columns are added to it: d / 16 · eps / 2 in bf16 and fp16, biased towards 0. A product of any

@@ -3,7 +3,7 @@
     y = silu(g) · u,  silu(g) = g · s(g), s: sigmoid     gate_up [R, 2f] = (g, u), y [R, f]
     dg = dy · u · s(g) · (1 + g · (1 - s(g)))            du = dy · silu(g)
 
-Reads 2f and writes f numbers a row (backward: reads 3f, writes 2f), which bounds its speed.
+Reads 2f and writes f numbers per row (backward: reads 3f, writes 2f), which bounds its speed.
 Arithmetic is float32, rounded once.
 """
 

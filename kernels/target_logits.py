@@ -46,7 +46,7 @@ def target_logits_reference(
 
 
 def _local(target_ids: Tensor, first_id: int, n_ids: int) -> tuple[Tensor, Tensor]:
-    """(rows of the slice, 0 for targets that it lacks; which ones it has)."""
+    """(rows of the slice, 0 for targets that it lacks; whether it has them), [R] each."""
     local = target_ids - first_id
     is_here = (local >= 0) & (local < n_ids)
     return local.where(is_here, 0), is_here
@@ -67,8 +67,8 @@ def _target_kernel(
     inside = row < n_rows
     id_ = tl.load(local_ids + row, mask=inside, other=0)
     acc = tl.zeros([BR, BR], tl.float32)
-    for at in range(0, d, BD):
-        column = at + tl.arange(0, BD)
+    for first in range(0, d, BD):
+        column = first + tl.arange(0, BD)
         a, b = load_step(x, w, row, id_, inside, column, d, x_stride, w_stride, EVEN_D)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
     diagonal = tl.sum(tl.where(slot[:, None] == slot[None, :], acc, 0.0), 1)

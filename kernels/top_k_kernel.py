@@ -1,6 +1,6 @@
 """The top-k of rows whose logits come in parts, in Triton: candidates in slots, then in order.
 
-Candidates are kept unsorted, in memory that the caches hold. A part costs one comparison of its row
+Candidates are kept unsorted, in memory that stays in cache. A part costs one comparison of its row
 maxima with the rows' worst candidates; only while some row's maximum beats its worst is the best id
 taken out of the part and put in the slot of the worst. Parts come in the order of ids, and ties
 within a part are taken lowest id first, so a tie never replaces a candidate, which leaves the lower
@@ -77,10 +77,10 @@ def sort_slots(
         carried = tl.load(kept_payload, mask=inside[:, None], other=0)
     tl.debug_barrier()
     sorted_values, sorted_ids, sorted_carried = values, ids, carried
-    for at in range(K):
+    for rank in range(K):
         top = tl.max(values, 1)
         best = tl.min(tl.where((values == top[:, None]) & (ids >= 0), ids, _NO_ID), 1)
-        taken, here = ids == best[:, None], slot == at
+        taken, here = ids == best[:, None], slot == rank
         found = tl.where(best == _NO_ID, -1, best)
         sorted_values = tl.where(here, top[:, None], sorted_values)
         sorted_ids = tl.where(here, found[:, None], sorted_ids)

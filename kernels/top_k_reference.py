@@ -24,11 +24,11 @@ def block_best(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row [r, C], ties to the lower column: (values, columns), by column."""
     if z.shape[1] >= WORTH_SPANS * k * SPAN:
         columns = _columns_of_best_spans(z, k)  # [r, k * SPAN and the rest]
-        values, at = block_best(z.gather(1, columns), k)
-        return values, columns.gather(1, at)
+        values, picked = block_best(z.gather(1, columns), k)
+        return values, columns.gather(1, picked)
     values, columns = z.topk(min(k + 1, z.shape[1]), dim=-1)
     if columns.shape[1] > k:
-        # topk breaks ties at will; it matters only where the k-th ties with the next
+        # topk breaks ties arbitrarily, which matters only where the k-th ties with the next
         tied = (values[:, k] == values[:, k - 1]).nonzero()[:, 0]
         columns = columns[:, :k]
         if tied.numel():
@@ -40,8 +40,8 @@ def block_best(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _columns_of_best_spans(z: Tensor, k: int) -> Tensor:
     """Columns that hold the k best of each row: the k spans with the largest maxima, and the rest.
 
-    An id elsewhere has k ids before it, one in each of these spans; of equal maxima the lower
-    spans are taken, so that this holds for ties too. Looking at maxima is faster than at all.
+    Any other id is beaten by k ids, one in each of these spans; of equal maxima the lower spans
+    are taken, so that this holds for ties too. Comparing maxima is faster than sorting all columns.
     """
     n_spans = z.shape[1] // SPAN
     maxima = z[:, : n_spans * SPAN].unflatten(1, (n_spans, SPAN)).amax(-1)

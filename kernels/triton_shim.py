@@ -12,7 +12,7 @@ try:
 except ImportError:  # it is not published for every platform; the references remain
 
     class _Missing:
-        """Decorators and markers that give back what they get."""
+        """Decorators and markers that return what they get."""
 
         def __getattr__(self, name: str) -> Any:
             return lambda given=None, **options: given

@@ -28,7 +28,7 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def names_imported(node: ast.AST, package: str) -> Iterator[str]:
-    """What an import statement may name: modules, or names of modules, all absolute."""
+    """The targets that an import statement may name: modules, or names of modules, all absolute."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -112,7 +112,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_circle_is_seen(kind: str, tmp_path: Path) -> None:
-    """Of two files and of three, whichever way one names the other."""
+    """A circle of two files and of three, whichever way the files name each other."""
     room = tmp_path / "engine"
     room.mkdir()
     (room / "__init__.py").write_text("if TYPE_CHECKING:\n    from .b import g\n")

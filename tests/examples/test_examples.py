@@ -28,8 +28,10 @@ SAME_LOSS = 1e-5  # nats
 
 
 def run(name: str, *words: str) -> str:
-    """What an example prints, started as a user does: without the PYTHONSAFEPATH of launch.sh,
-    under which a script does not find the modules beside it.
+    """The output of an example, started as a user does.
+
+    That is without the PYTHONSAFEPATH of launch.sh, under which a script does not find the modules
+    beside it.
     """
     command = [sys.executable, str(EXAMPLES / name), *words]
     environment = {key: os.environ[key] for key in os.environ if key != "PYTHONSAFEPATH"}
@@ -64,14 +66,16 @@ def test_steer_an_answer() -> None:
 @pytest.mark.slow
 def test_training_is_reproducible(tmp_path: Path) -> None:
     """Two steps twice: the same weights to the bit, and a directory that loads."""
-    for name in ("one", "two"):
+    for name in ("first", "second"):
         out, metrics = tmp_path / name, tmp_path / f"{name}.json"
         table = run("train_demo.py", "--steps", "2", "--out", str(out), "--metrics", str(metrics))
         assert "loss after each block" in table
-    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
-    assert one == two
-    assert len(json.loads((tmp_path / "one.json").read_text())["held_out_loss_by_layer"]) == 6
-    lm = shardlens.load(tmp_path / "one")
+    first, second = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")
+    )
+    assert first == second
+    assert len(json.loads((tmp_path / "first.json").read_text())["held_out_loss_by_layer"]) == 6
+    lm = shardlens.load(tmp_path / "first")
     assert lm.model.config.vocab_size == lm.tokenizer.n_vocab
 
 
@@ -80,14 +84,14 @@ def test_training_loss_is_the_same_on_ranks(run_ranks: Any, training: ModuleType
     config = ModelConfig.from_hf(SMALL | {"architectures": ["LlamaForCausalLM"]})
     assert not config.tied_head
     ids = torch.randint(0, 250, (4, 12))  # in the slice of the first of two ranks
-    groups = [(part, torch.rand(part.shape)) for part in ids.chunk(2)]
+    micro_batches = [(part, torch.rand(part.shape)) for part in ids.chunk(2)]
 
     def body(parallel: TensorParallel) -> tuple[float, float, Tensor, Tensor]:
         model = Transformer(config, parallel=parallel)
         init_weights(model)
         logits = model.head(model.norm(model(ids[:, :-1])))  # as if these were all
         of_slice = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
-        loss = training.backward(model, groups)
+        loss = training.backward(model, micro_batches)
         assert model.embed.weight.grad is not None and model.head.weight.grad is not None
         rows = slice(model.head.vocab.size)
         return loss, of_slice, model.embed.weight.grad[rows], model.head.weight.grad[rows]

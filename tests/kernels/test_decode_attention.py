@@ -10,12 +10,8 @@ from oracles import assert_as_good
 from tolerances import EFFECT, KERNEL_EPS
 from torch import Tensor
 
-from shardlens.kernels.decode_attention import (
-    decode_attention,
-    decode_attention_reference,
-    split_count,
-)
-from shardlens.kernels.dispatch import implementation
+from shardlens.kernels import decode_attention, decode_attention_reference, implementation
+from shardlens.kernels.decode_attention import split_count
 
 HALF_TYPES = [torch.bfloat16, torch.float16]
 
@@ -86,11 +82,11 @@ def test_against_float64(
     device: torch.device,
 ) -> None:
     made = inputs(lengths, n_heads, kv_heads, capacity, head_dim, dtype)
-    q, keys, values, at = (x.to(device) for x in made)
-    out = check(q, keys, values, at, None)
-    assert torch.equal(out[at == 0], torch.zeros_like(out[at == 0]))
+    q, keys, values, on_device = (x.to(device) for x in made)
+    out = check(q, keys, values, on_device, None)
+    assert torch.equal(out[on_device == 0], torch.zeros_like(out[on_device == 0]))
     if lengths:
-        check(q, keys, values, at.int(), max(lengths))
+        check(q, keys, values, on_device.int(), max(lengths))
 
 
 @pytest.mark.parametrize("n_heads, kv_heads", [(3, 3), (5, 1), (16, 1), (6, 2)])
@@ -138,7 +134,7 @@ def test_lengths_outside_the_cache_read_nothing(device: torch.device, either: st
 
 def test_split_count() -> None:
     assert split_count(16, 100, 264) == 1  # a small cache
-    assert split_count(64, 8192, 264) == 4  # 256 programs for 264 places
+    assert split_count(64, 8192, 264) == 4  # 256 programs for 264 that run at once
     assert split_count(64, 255, 264) == 1 and split_count(64, 256, 264) == 2
     assert split_count(1, 1 << 20, 10_000) == 122  # within 5% of the most, 128
     assert split_count(264, 8192, 264) == 1
@@ -164,5 +160,5 @@ def test_what_does_not_fit_is_refused() -> None:
         decode_attention(q[:, 1:], keys, values, lengths)
     with pytest.raises(ValueError, match="dtypes differ"):
         decode_attention(q.half(), keys, values, lengths)
-    with pytest.raises(ValueError, match="one integer a request"):
+    with pytest.raises(ValueError, match="one integer per request"):
         decode_attention(q, keys, values, lengths.float())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from oracles import assert_as_good
 from torch import Tensor
 
+from shardlens.kernels import linear
 from shardlens.kernels.few_rows_linear import (
     CONVOLVED_LEAST_WEIGHTS,
     CONVOLVED_MOST_COLUMNS,
@@ -19,7 +20,6 @@ from shardlens.kernels.few_rows_linear import (
     LEAST_WEIGHTS,
     MOST_ROWS,
     PART,
-    linear,
 )
 
 module = import_module(

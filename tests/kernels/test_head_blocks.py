@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from shardlens.engine import memory
-from shardlens.kernels import blocks, head_cut, head_stats_reference
-from shardlens.kernels.launch import Chip
+from shardlens.kernels import Chip, blocks, head_cut, head_stats_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 READERS = {

@@ -56,13 +56,13 @@ def test_rounded_products_would_show() -> None:
 @pytest.mark.parametrize("order", ["rising", "falling", "flat", "last_rises"])
 def test_blocks_without_candidates_are_skipped_rightly(order: str) -> None:
     """Every block, none but the first, or only the last one changes the top-k."""
-    levels = {
+    logits = {
         "rising": torch.arange(90),
         "falling": torch.arange(90, 0, -1),
         "flat": torch.ones(90),
         "last_rises": torch.arange(90) // 89,
     }[order].float()
-    x, weight = torch.tensor([[1.0], [0.0], [-1.0]]), levels[:, None]
+    x, weight = torch.tensor([[1.0], [0.0], [-1.0]]), logits[:, None]
     expected = (x @ weight.T).argsort(dim=-1, descending=True, stable=True)[:, :TOP_K]
     stats = head_stats_reference(x, weight, k=TOP_K, vocab_block=8).rows
     assert torch.equal(stats.token_ids, expected)

@@ -21,11 +21,9 @@ from shardlens.kernels import (
     head_stats_reference,
     implementation,
     target_logits,
+    tensor_core_slack,
 )
-from shardlens.kernels.rounding import tensor_core_slack
-from shardlens.parallel import TensorParallel, VocabHead
-from shardlens.parallel.head_reduce import HeadResult, reduce_head
-from shardlens.parallel.spans import split_vocab
+from shardlens.parallel import HeadResult, TensorParallel, VocabHead, reduce_head, split_vocab
 
 
 def inputs(rows: int, vocab: int, d: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -54,7 +52,7 @@ def samples_of(stats: HeadStats) -> SampleStats:
 
 
 def summary(head: HeadStats, rows_per_request: int) -> dict[str, Tensor]:
-    """What the sums are for: log-sum-exp, entropy, KL's gap; the top-k and the target."""
+    """The statistics of the sums: log-sum-exp, entropy, KL's gap; the top-k and the target."""
     stats = head.rows
     total = stats.sum_exp.double()
     request = torch.arange(len(total), device=total.device) // rows_per_request
@@ -87,15 +85,23 @@ def truth_of(x: Tensor, weight: Tensor, k: int, scale: Tensor, g: int, local: Te
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "rows, vocab, d, k, group",
+    "rows, vocab, d, k, per_request",
     [(0, 509, 96, 5, 1), (1, 1000, 4096, 1, 1), (7, 509, 507, 9, 7), (123, 300, 96, 5, 3)],
 )
 def test_against_float64(
-    rows: int, vocab: int, d: int, k: int, group: int, dtype: torch.dtype, device: torch.device
+    rows: int,
+    vocab: int,
+    d: int,
+    k: int,
+    per_request: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     x, weight = inputs(rows, vocab, d, dtype, device)
     scale, first_id = torch.rand(rows, device=device) + 0.5, 1000
-    options: dict[str, Any] = dict(k=k, first_id=first_id, scale=scale, rows_per_request=group)
+    options: dict[str, Any] = dict(
+        k=k, first_id=first_id, scale=scale, rows_per_request=per_request
+    )
     torch.manual_seed(1)
     with implementation("triton"):
         ours = head_stats(x, weight, target=targets(x, weight, scale, first_id), **options)
@@ -103,12 +109,12 @@ def test_against_float64(
     with implementation("reference"):
         target = targets(x, weight, scale, first_id)
     plain = head_stats_reference(x, weight, target=target, **options)
-    ids, truth = truth_of(x, weight, k, scale, group, target.ids - first_id)
+    ids, truth = truth_of(x, weight, k, scale, per_request, target.ids - first_id)
     assert torch.equal(ours.rows.token_ids, ids + first_id)
     assert torch.equal(ours.rows.target_rank, plain.rows.target_rank)
-    found, reference = summary(ours, group), summary(plain, group)
+    found, reference = summary(ours, per_request), summary(plain, per_request)
     for name in truth if rows else ():
-        if name == "gap" and group == 1:
+        if name == "gap" and per_request == 1:
             assert (ours.rows.cross == 0).all()
         else:
             pair = (found[name], reference[name], truth[name])
@@ -122,8 +128,8 @@ def test_large_values_in_bf16(device: torch.device) -> None:
     x = x * 1e4
     with implementation("triton"):
         stats = head_stats(x, weight, k=3, rows_per_request=5).rows
-    ones = torch.ones(5, device=device)
-    ids, truth = truth_of(x, weight, 3, ones, 5, torch.full((5,), -1, device=device))
+    unscaled = torch.ones(5, device=device)
+    ids, truth = truth_of(x, weight, 3, unscaled, 5, torch.full((5,), -1, device=device))
     assert torch.equal(stats.token_ids, ids)
     for name in ("sum_exp", "sum_dev", "cross"):
         assert getattr(stats, name).isfinite().all(), name
@@ -144,14 +150,14 @@ def test_vocabulary_padded_with_minus_infinity(device: torch.device, either: str
     assert (none.token_ids == -1).all() and none.max.isneginf().all() and (none.sum_exp == 0).all()
 
 
-@pytest.mark.parametrize("levels", [1, 3])
-def test_ties_across_tiles_and_shares(levels: int, device: torch.device) -> None:
+@pytest.mark.parametrize("n_values", [1, 3])
+def test_ties_across_tiles_and_shares(n_values: int, device: torch.device) -> None:
     """Candidates of equal logits are the lowest ids, however the slice is walked."""
-    of_id = torch.arange(700, device=device) % levels
+    of_id = torch.arange(700, device=device) % n_values
     x, weight = torch.ones(3, 16, device=device), of_id[:, None].float().expand(700, 16)
     with implementation("triton"):
         stats = head_stats(x, weight.contiguous(), k=10).rows
-    assert stats.token_ids.tolist() == [[*range(levels - 1, 10 * levels, levels)]] * 3
+    assert stats.token_ids.tolist() == [[*range(n_values - 1, 10 * n_values, n_values)]] * 3
 
 
 def test_strided_inputs_and_small_slices(device: torch.device) -> None:
@@ -178,16 +184,16 @@ def test_strided_inputs_and_small_slices(device: torch.device) -> None:
     assert (none.token_ids == -1).all() and none.max.isneginf().all() and (none.sum_exp == 0).all()
 
 
-@pytest.mark.parametrize("group", [2, 130, 300])
-def test_requests_of_any_length(group: int, device: torch.device) -> None:
+@pytest.mark.parametrize("per_request", [2, 130, 300])
+def test_requests_of_any_length(per_request: int, device: torch.device) -> None:
     """More rows than a tile; requests of 130 and 300 rows are longer than a tile."""
-    x, weight = inputs(300 // group * group, 200, 32, torch.float32, device)
+    x, weight = inputs(300 // per_request * per_request, 200, 32, torch.float32, device)
     scale = torch.rand(len(x), device=device) + 0.5
     target = targets(x, weight, scale, 0)
-    seeds = torch.arange(min(2, len(x) // group), device=device)
-    noise = Noise(seeds, seeds, sample_row=group // 2)
+    seeds = torch.arange(min(2, len(x) // per_request), device=device)
+    noise = Noise(seeds, seeds, sample_row=per_request // 2)
     options: dict[str, Any] = dict(
-        k=2, scale=scale, target=target, rows_per_request=group, noise=noise
+        k=2, scale=scale, target=target, rows_per_request=per_request, noise=noise
     )
     with implementation("triton"):
         ours = head_stats(x, weight, **options)
@@ -253,8 +259,8 @@ def test_logits_that_are_not_finite_end_the_walk(device: torch.device) -> None:
 def test_op(device: torch.device, either: str) -> None:
     """Registration, and a compiled caller that gives what the eager one gives."""
     x, weight = inputs(6, 100, 16, torch.float32, device)
-    ones = torch.ones(6, device=device)
-    target = targets(x, weight, ones, 0)
+    unscaled = torch.ones(6, device=device)
+    target = targets(x, weight, unscaled, 0)
     noise = Noise(torch.arange(2, device=device), torch.arange(2, device=device), 2, 1)
     tensors = [target.ids, target.logits, target.slack], [noise.seed, noise.step]
     arguments = (x, weight, None, *tensors, [4, 0, 3, 2, 1])

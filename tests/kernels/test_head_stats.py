@@ -58,9 +58,9 @@ def test_k_beyond_the_slice_and_empty_slices() -> None:
 
 @pytest.mark.parametrize("vocab_block", [1, 7, 64, 4096])
 def test_ties_within_and_across_blocks(vocab_block: int) -> None:
-    """Only three distinct logits over 300 ids: the top-k are the lowest ids of the best level."""
-    levels = torch.arange(300) % 3
-    x, weight = torch.ones(2, 1), levels[:, None].float()
+    """Only three distinct logits over 300 ids: the top-k are the lowest ids of the best value."""
+    values = torch.arange(300) % 3
+    x, weight = torch.ones(2, 1), values[:, None].float()
     stats = stats_of(x, weight, k=10, vocab_block=vocab_block)
     assert stats.token_ids.tolist() == [[*range(2, 32, 3)]] * 2
 
@@ -178,11 +178,11 @@ def test_top_k_found_by_its_spans(k: int, n_ids: int) -> None:
     """Enough ids that spans are looked at first, with so few values that most candidates tie."""
     generator = torch.Generator().manual_seed(k)
     x = torch.eye(6)
-    levels = torch.randint(0, 3, (n_ids, 6), generator=generator).float()
-    levels[:, 3] = 0  # all tie
-    levels[-1, 4] = 9  # the best lies beyond the last whole span
-    stats = head_stats_reference(x, levels, k=k).rows
-    order = levels.T.sort(dim=-1, descending=True, stable=True)
+    values = torch.randint(0, 3, (n_ids, 6), generator=generator).float()
+    values[:, 3] = 0  # all tie
+    values[-1, 4] = 9  # the best lies beyond the last whole span
+    stats = head_stats_reference(x, values, k=k).rows
+    order = values.T.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(stats.token_ids, order.indices[:, :k])
     assert torch.equal(stats.logits, order.values[:, :k])
     assert stats.token_ids[4, 0] == n_ids - 1 and stats.token_ids[3].tolist() == list(range(k))

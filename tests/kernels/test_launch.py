@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardlens.bench.shapes import MODELS
-from shardlens.kernels import head_cut, launch
-from shardlens.kernels.decode_attention import decode_attention
-from shardlens.kernels.dispatch import implementation
-from shardlens.kernels.head_stats import head_stats
-from shardlens.kernels.head_stats_reference import Target
-from shardlens.kernels.launch import Chip, Config, choose, fewest_parts, pretending
+from shardlens.bench.models import MODELS
+from shardlens.kernels import (
+    Chip,
+    Target,
+    decode_attention,
+    head_cut,
+    head_stats,
+    implementation,
+    launch,
+    pretending,
+)
+from shardlens.kernels.launch import Config, choose, fewest_parts
 
 module = import_module("shardlens.kernels.head_stats")  # the package gives the function that name
 H100, A10, A100, B200, RTX_5090 = (
@@ -27,7 +32,7 @@ CHIPS = (H100, A10, A100, B200, RTX_5090)
 
 
 class Machine:
-    """A host and a device with clocks of their own, in the place of torch.cuda."""
+    """A host and a device with separate clocks, instead of torch.cuda."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, host_us: float, most_sleep: float) -> None:
         self.host_us, self.most_sleep = host_us, most_sleep
@@ -37,20 +42,20 @@ class Machine:
 
         class Event:
             def __init__(self, enable_timing: bool) -> None:
-                self.at = 0.0
+                self.time_us = 0.0
 
             def record(self) -> None:
                 machine.enqueue(0.0)
-                self.at = machine.device
+                self.time_us = machine.device
 
             def query(self) -> bool:
-                return machine.host >= self.at
+                return machine.host >= self.time_us
 
             def synchronize(self) -> None:
-                machine.host = max(machine.host, self.at)
+                machine.host = max(machine.host, self.time_us)
 
             def elapsed_time(self, other: Any) -> float:
-                return (other.at - self.at) / 1e3
+                return (other.time_us - self.time_us) / 1e3
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
@@ -71,7 +76,7 @@ class Machine:
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, host_us: float, most_sleep: float = 1e9) -> Any:
-    """Of two configurations: one fast to prepare and slow to run, the other the reverse."""
+    """The choice of two configurations: fast to prepare and slow to run, and the reverse."""
     machine = Machine(monkeypatch, host_us, most_sleep)
     costs = {Config((1,), 4): (1.0, 20.0), Config((2,), 4): (6.0, 15.0)}
     device = torch.device("cuda")
@@ -137,7 +142,7 @@ class Allocations(TorchDispatchMode):
 
 
 def head_bytes(chip: Chip, n_rows: int, n_ids: int, d: int = 4096, k: int = 5) -> int:
-    """What `head_stats` allocates on a chip, results included."""
+    """Bytes that `head_stats` allocates on a chip, results included."""
     x, weight = (torch.empty(n, d, dtype=torch.bfloat16, device="meta") for n in (n_rows, n_ids))
     first = patch.object(module, "choose", lambda key, device, configs, run: configs[0])
     with implementation("triton"), pretending(chip, lambda *_: None), first, Allocations() as seen:
@@ -182,7 +187,7 @@ def test_the_processors_are_busy_where_memory_allows() -> None:
 
 
 def launches(chip: Chip, batch: int, capacity: int, span: int) -> list[tuple[Any, ...]]:
-    """Of decode attention: kernel, and what decides how its sums are cut."""
+    """The launches of decode attention: kernel, and what decides how its sums are cut."""
     seen: list[tuple[Any, ...]] = []
 
     def note(kernel: Any, arguments: Any, options: dict[str, Any]) -> None:

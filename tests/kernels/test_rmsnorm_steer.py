@@ -10,9 +10,7 @@ from oracles import assert_as_good
 from tolerances import EFFECT, GRADIENT_RELATIVE, KERNEL_EPS
 from torch import Tensor
 
-from shardlens.kernels.dispatch import implementation
-from shardlens.kernels.edits import MODES, Edits
-from shardlens.kernels.rmsnorm_steer import rmsnorm_steer, rmsnorm_steer_reference
+from shardlens.kernels import MODES, Edits, implementation, rmsnorm_steer, rmsnorm_steer_reference
 
 EPS = 1e-5
 TABLE = 6  # one vector for each mode, one more, and one of zeros
@@ -45,11 +43,11 @@ def truth_of(x: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]
         if edits is None:
             return a
         rows = []
-        for row, at, s in zip(a, edits.index.tolist(), edits.scale.double(), strict=True):
-            if 0 <= at < TABLE:
-                v = edits.vectors[at].double()
+        for row, index, s in zip(a, edits.index.tolist(), edits.scale.double(), strict=True):
+            if 0 <= index < TABLE:
+                v = edits.vectors[index].double()
                 u = v / v.norm() if v.norm() > 0 else v
-                mode = MODES[int(edits.modes[at])]
+                mode = MODES[int(edits.modes[index])]
                 added = row + s * v
                 row = {
                     "add": added,
@@ -99,7 +97,7 @@ def test_against_float64(
 
 
 @pytest.mark.parametrize("mode", range(len(MODES)))
-def test_each_mode_has_an_effect_of_its_own(mode: int, device: torch.device, either: str) -> None:
+def test_each_mode_has_a_different_effect(mode: int, device: torch.device, either: str) -> None:
     """An edit that was left out, or was of another mode, misses by far."""
     x, weight = torch.randn(3, 96, device=device), torch.ones(96, device=device)
     results = []
@@ -177,7 +175,7 @@ def test_large_values_in_bf16(device: torch.device) -> None:
 def gradients(
     case: str, dtype: torch.dtype, device: torch.device, function: Any, rows: int = 11, d: int = 70
 ) -> list[Tensor]:
-    """Of x, residual, weight, vectors and scales, whichever the case has."""
+    """Gradients to x, residual, weight, vectors and scales, whichever the case has."""
     torch.manual_seed(1)
     x = torch.randn(rows, d).to(device, dtype).requires_grad_()
     weight = (torch.rand(d) + 0.5).to(device, dtype).requires_grad_()

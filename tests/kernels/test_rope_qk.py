@@ -10,9 +10,7 @@ from oracles import assert_as_good
 from tolerances import EFFECT, KERNEL_EPS
 from torch import Tensor
 
-from shardlens.kernels.dispatch import implementation
-from shardlens.kernels.rope import rope_angles_reference
-from shardlens.kernels.rope_qk import rope_qk, rope_qk_reference
+from shardlens.kernels import implementation, rope_angles_reference, rope_qk, rope_qk_reference
 
 EPS = 1e-6
 

@@ -1,4 +1,4 @@
-"""Which rows are sampled from, and with what: against keys from float64 logits, row by row."""
+"""The rows that are sampled from, and their noise: against keys from float64 logits, row by row."""
 
 from __future__ import annotations
 

@@ -8,8 +8,12 @@ import pytest
 import torch
 from oracles import assert_as_good
 
-from shardlens.kernels import implementation, target_logits, target_logits_reference
-from shardlens.kernels.rounding import tensor_core_slack
+from shardlens.kernels import (
+    implementation,
+    target_logits,
+    target_logits_reference,
+    tensor_core_slack,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

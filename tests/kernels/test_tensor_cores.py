@@ -1,4 +1,4 @@
-"""What holds although tensor cores truncate their sums: top-k, ranks and ties of the head.
+"""Top-k, ranks and ties of the head, although tensor cores truncate their sums.
 
 On a GPU these run on its own tensor cores, elsewhere on those of `interpreter.py`.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shardlens.kernels import (
+    Chip,
     RowStats,
     Target,
     head_cut,
@@ -22,9 +23,9 @@ from shardlens.kernels import (
     implementation,
     target_logits,
     target_logits_reference,
+    tensor_core_slack,
 )
-from shardlens.kernels.launch import Chip, Config
-from shardlens.kernels.rounding import tensor_core_slack
+from shardlens.kernels.launch import Config
 from shardlens.kernels.triton_shim import tl, triton
 
 module = import_module("shardlens.kernels.head_stats")  # the package gives the function that name
@@ -37,8 +38,8 @@ def _multiply(a, b, acc, out):
     row, depth = tl.arange(0, 16)[:, None], tl.arange(0, 32)
     x = tl.load(a + row * 32 + depth[None, :])
     w = tl.load(b + row * 32 + depth[None, :])
-    at = row * 16 + tl.arange(0, 16)[None, :]
-    tl.store(out + at, tl.dot(x, tl.trans(w), tl.load(acc + at)))
+    entry = row * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out + entry, tl.dot(x, tl.trans(w), tl.load(acc + entry)))
 
 
 def test_the_accumulator_is_truncated(device: torch.device) -> None:
@@ -47,9 +48,9 @@ def test_the_accumulator_is_truncated(device: torch.device) -> None:
     a[:, 3], a[:, 7] = 1.0, 0.5
     a[1, 16] = 1.0  # a second step: lost, too
     a[2, 4] = 0.5  # in the first step: 2 in all, which is kept
-    ones, out = torch.ones_like(a), torch.empty(16, 16, device=device)
+    b, out = torch.ones_like(a), torch.empty(16, 16, device=device)
     with torch.no_grad():
-        _multiply[(1,)](a, ones, torch.full_like(out, 2.0**24), out)
+        _multiply[(1,)](a, b, torch.full_like(out, 2.0**24), out)
     expected = torch.full((16,), 2.0**24)
     expected[2] += 2
     assert torch.equal(out.cpu(), expected[:, None].expand(16, 16))
