@@ -5,8 +5,8 @@ or in how they are edited, run as rows of one forward pass: M · T rows instead 
 S + T. A branch token's scores are those against the S shared keys, beside those against its own
 branch up to itself; one softmax over both gives what a separate pass gives, up to rounding.
 
-Legend: M branches, T tokens of each, S shared positions, K key/value heads and G query heads of
-each, of this rank; D head size.
+Legend: M branches, T tokens of each, S shared positions; on this rank K key/value heads, and G
+query heads for each of them; D head size.
 """
 
 from __future__ import annotations
@@ -50,10 +50,17 @@ def run_branches(
 ) -> Tensor:
     """Residual stream [M, T, d] of branches token_ids [M, T], before the final norm.
 
-    cache: of one request, which all branches continue; it is left as it is. edits: of the M · T
-    rows. Branches may be padded on the right.
+    cache: of one request, which all branches continue; it is left unchanged. edits: of the M · T
+    rows. Branches may be padded on the right. Raises ValueError where they would rotate the shared
+    keys differently.
     """
     positions = cache.longest + torch.arange(token_ids.shape[1], device=token_ids.device)
+    scaling = model.config.rope_scaling
+    if scaling.kind == "dynamic" and cache.longest + token_ids.shape[1] > scaling.original_context:
+        raise ValueError(
+            "texts that share a beginning must stay within the original context of "
+            f"{scaling.original_context}: beyond it, dynamic rope depends on each text's length"
+        )
     attend = _branch_attention(cache, model.rope(positions[None]))
     return model.through_blocks(token_ids, ForwardPass(attend, sink, edits))
 
@@ -69,16 +76,16 @@ def _branch_attention(cache: KVCache, rope: tuple[Tensor, Tensor]) -> AttendFn:
         g = n_heads // n_kv
         k, v = (part.permute(0, 2, 1, 3)[:, :, None] for part in (k, v))  # [M, K, 1, T, D]
         q = q.view(m, t, n_kv, g, d).permute(0, 2, 3, 1, 4) * d**-0.5  # [M, K, G, T, D]
-        # to the shared keys all branches are rows of one product
+        # all branches are rows of one product with the shared keys
         rows = q.transpose(0, 1).reshape(n_kv, m * g * t, d)
-        to_shared = (rows @ shared_k.mT).view(n_kv, m, g, t, s).transpose(0, 1)
-        to_own = q @ k.mT  # [M, K, G, T, T]
+        shared_scores = (rows @ shared_k.mT).view(n_kv, m, g, t, s).transpose(0, 1)
+        branch_scores = q @ k.mT  # [M, K, G, T, T]
         ahead = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-        scores = torch.cat((to_shared, to_own.masked_fill(ahead, -torch.inf)), -1)
+        scores = torch.cat((shared_scores, branch_scores.masked_fill(ahead, -torch.inf)), -1)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        of_shared, of_own = weights.split((s, t), dim=-1)
-        rows = of_shared.transpose(0, 1).reshape(n_kv, m * g * t, s)
-        mixed = (rows @ shared_v).view(n_kv, m, g, t, d).transpose(0, 1) + of_own @ v
+        shared_weights, branch_weights = weights.split((s, t), dim=-1)
+        rows = shared_weights.transpose(0, 1).reshape(n_kv, m * g * t, s)
+        mixed = (rows @ shared_v).view(n_kv, m, g, t, d).transpose(0, 1) + branch_weights @ v
         return mixed.permute(0, 3, 1, 2, 4).reshape(m, t, n_heads, d)
 
     return attend

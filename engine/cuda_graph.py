@@ -1,4 +1,4 @@
-"""CUDA work recorded once as a graph, to be replayed: how, and what is left when that fails."""
+"""CUDA work recorded once as a graph, to be replayed, and the clean-up where that fails."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 
 
 class CaptureFailed(Exception):
-    """Work runs, but not while it is captured. The message is one line of why."""
+    """Raised for work that can run but cannot be captured. The message says why in one line."""
 
 
 def captured(
     device: torch.device, warm_up: Callable[[], None], run: Callable[[], None]
 ) -> torch.cuda.CUDAGraph:
-    """The graph of `run`, which is recorded and does not happen.
+    """The graph of `run`, whose work is recorded and not executed.
 
     warm_up runs the same work first: whatever is made once, such as compiled kernels and handles,
-    must be there before. Its errors are raised as they are. Raises CaptureFailed where RuntimeError
+    must exist before. Its errors are raised unchanged. Raises CaptureFailed where RuntimeError
     stops the capture itself; the process can then go on, and capture other work.
     """
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
     try:
-        # Around the capture, too: if it cannot be ended, `torch.cuda.graph` does not give back the
+        # Around the capture, too: if it cannot be ended, `torch.cuda.graph` does not restore the
         # stream that was current before it, and all later work would go to the side stream.
         with torch.cuda.stream(side):
             return _recorded(device, side, warm_up, run)
@@ -34,7 +34,7 @@ def captured(
 
 @lru_cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: whatever PyTorch keeps by stream is kept once."""
+    """The stream of all captures: whatever PyTorch keeps per stream is kept once."""
     return torch.cuda.Stream(device)
 
 
@@ -44,10 +44,10 @@ def _recorded(
     warm_up: Callable[[], None],
     run: Callable[[], None],
 ) -> torch.cuda.CUDAGraph:
-    # PyTorch keeps a workspace of cuBLAS for every stream that had a product. Replays would go on
-    # writing to one that the warm-up left, though it may be freed meanwhile (`torch.compile` does);
-    # and one that a capture leaves lies in its graph's memory, which the next capture must not use.
-    # So all are dropped in between: a graph's workspace is then its own, and goes with it.
+    # PyTorch keeps a cuBLAS workspace for every stream that ran a product. Replays would go on
+    # writing to the warm-up's, though it may be freed meanwhile (`torch.compile` does); and one
+    # that a capture leaves lies in its graph's memory, which the next capture must not use. So all
+    # are dropped in between: every graph then has a workspace that is freed with it.
     _clear_workspaces()
     try:
         warm_up()
@@ -73,7 +73,7 @@ def _record(
             try:
                 run()
             except RuntimeError as error:
-                reason = str(error)  # ending the capture raises another, which says nothing of it
+                reason = str(error)  # ending the capture raises another error, which hides this one
                 raise
     except RuntimeError as error:
         _close(device, pool)
@@ -84,8 +84,8 @@ def _record(
 def _close(device: torch.device, pool: tuple[int, int]) -> None:
     """Tell PyTorch that a capture is over, where it failed to end it.
 
-    Its allocator would else refuse to free cached memory, and its generator to draw numbers, for as
-    long as the process lives.
+    Otherwise its allocator would refuse to free cached memory, and its generator to draw numbers,
+    for as long as the process lives.
     """
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)

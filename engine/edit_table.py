@@ -3,8 +3,8 @@
 The norm's kernel finds the vector of each row by itself. Nothing but the table's shape decides
 what is launched: a captured decode step follows every other change without a new capture.
 
-Edits of a request that meet at a tap and position act in the order of its list. So that each works
-on what the one before it made, they act in passes: an edit's pass is the one after the last of the
+Edits of a request that meet at a tap and position act in the order of its list. So that each acts
+on the result of the one before it, they act in passes: an edit's pass comes after those of all the
 earlier edits that it meets. In one pass no two edits of a request meet; they are alternatives, of
 which at most one applies to a position.
 """
@@ -45,29 +45,41 @@ class _TapEdit(NamedTuple):
         return id(self.steering.vector), None if is_lone else self.tap, self.steering.mode
 
 
-def _masks(steerings: Sequence[Steering], prompt_length: int, capacity: int) -> Tensor:
-    """[edits, capacity] bool: the positions of each edit of a request."""
-    masks = [steering.mask(prompt_length, capacity) for steering in steerings]
-    return torch.stack(masks) if masks else torch.zeros(0, capacity, dtype=torch.bool)
+class RequestEdits:
+    """The edits of a request, each at each of its taps, in passes.
+
+    capacity: positions up to which edits can meet.
+    """
+
+    def __init__(
+        self, steerings: Sequence[Steering], prompt_length: int, capacity: int, n_layers: int
+    ) -> None:
+        self.steerings, self.capacity, self.prompt_length = steerings, capacity, prompt_length
+        self.tap_edits = list(_tap_edits(steerings, self.masks(), n_layers))
+
+    def masks(self) -> Tensor:
+        """[edits, capacity] bool: the positions of each edit."""
+        masks = [steering.mask(self.prompt_length, self.capacity) for steering in self.steerings]
+        return torch.stack(masks) if masks else torch.zeros(0, self.capacity, dtype=torch.bool)
 
 
 def _tap_edits(steerings: Sequence[Steering], masks: Tensor, n_layers: int) -> Iterator[_TapEdit]:
-    """Every edit of a request at each of its taps; masks: see `_masks`."""
+    """Every edit of a request at each of its taps; masks: see `RequestEdits`."""
     positions = masks.float()
     meets = (positions @ positions.T > 0).tolist()
     earlier: dict[Tap, list[tuple[int, int]]] = {}  # (number, pass) of edits at a tap
     for number, steering in enumerate(steerings):
         for tap in steering.taps(n_layers):
             here = earlier.setdefault(tap.canonical, [])
-            pass_index = max((at + 1 for other, at in here if meets[number][other]), default=0)
-            alternative = sum(at == pass_index for _, at in here)
+            pass_index = max((used + 1 for n, used in here if meets[number][n]), default=0)
+            alternative = sum(used == pass_index for _, used in here)
             here.append((number, pass_index))
             yield _TapEdit(number, steering, tap, pass_index, alternative)
 
 
 @dataclass(frozen=True)
 class TableShape:
-    """What a captured step depends on: the points that are edited, and sizes, rounded up."""
+    """The part of the edits that a captured step depends on: points, and rounded-up sizes."""
 
     points: tuple[str, ...]
     n_passes: tuple[int, ...]  # of each point
@@ -76,28 +88,17 @@ class TableShape:
     n_alternatives: int
 
     @classmethod
-    def of(
-        cls,
-        requests: Iterable[tuple[Sequence[Steering], int]],
-        capacity: int,
-        config: ModelConfig,
-    ) -> TableShape | None:
-        """Room for any of the requests in any slot; None where none has an edit.
-
-        requests: the edits and the prompt's length of each. capacity: that of the table, for edits
-        count as meeting up to there.
-        """
+    def of(cls, requests: Iterable[RequestEdits]) -> TableShape | None:
+        """Room for the edits of any of the requests in any slot; None where none has an edit."""
         n_passes: dict[str, int] = {}
         n_vectors = n_masks = n_alternatives = 0
-        for steerings, prompt_length in requests:
-            masks = _masks(steerings, prompt_length, capacity)
-            edits = list(_tap_edits(steerings, masks, config.n_layers))
-            for edit in edits:
+        for request in requests:
+            for edit in request.tap_edits:
                 point = edit.tap.canonical.point
                 n_passes[point] = max(n_passes.get(point, 0), edit.pass_index + 1)
-            n_vectors = max(n_vectors, len({edit.content for edit in edits}))
-            n_masks = max(n_masks, len(steerings))
-            n_alternatives = max(n_alternatives, len(steerings))
+            n_vectors = max(n_vectors, len({edit.content for edit in request.tap_edits}))
+            n_masks = max(n_masks, len(request.steerings))
+            n_alternatives = max(n_alternatives, len(request.steerings))
         if not n_passes:
             return None
         points = tuple(point for point in POINTS if point in n_passes)
@@ -110,7 +111,7 @@ class TableShape:
         )
 
     def covers(self, other: TableShape) -> bool:
-        """Whether a table of this shape has room for what one of the other holds."""
+        """Whether a table of this shape has room for the content of one of the other shape."""
         n_passes = dict(zip(self.points, self.n_passes, strict=True))
         return (
             all(
@@ -126,8 +127,8 @@ class TableShape:
 class EditTable:
     """Edits of B requests: Z sites, which are the passes over all taps, and A alternatives each.
 
-    every_site: whether passes without an edit are launched, too, as a captured step must, which
-    serves the edits of later requests. Else the cost is that of the edits that there are.
+    every_site: whether passes without an edit are launched, too, as in a captured step, which must
+    serve the edits of later requests. Otherwise only the edits that exist cost anything.
     """
 
     def __init__(
@@ -172,23 +173,27 @@ class EditTable:
             setattr(part, name, getattr(self, name)[..., slot : slot + 1])
         return part
 
-    def put(self, slot: int, steerings: Sequence[Steering], prompt_length: int) -> None:
+    def put(self, slot: int, request: RequestEdits | None) -> None:
         """Replace the edits of a slot by a request's, which the table's shape has room for.
 
-        The edits must have passed `Steering.check`. No edits leave the slot empty.
+        The edits must have passed `Steering.check`. None leaves the slot empty.
         """
-        masks = _masks(steerings, prompt_length, self.capacity)
-        edits = list(_tap_edits(steerings, masks, self.config.n_layers))
+        edits = [] if request is None else request.tap_edits
         row_of = self._put_vectors(slot, edits)
         first_mask = 1 + slot * self.shape.n_masks  # after _NO_MASK
-        self.masks[first_mask : first_mask + len(masks)] = masks.to(self.masks.device)
+        if request is not None:
+            masks = request.masks()
+            self.masks[first_mask : first_mask + len(masks), : request.capacity] = masks.to(
+                self.masks.device
+            )
         sites = [self._site_index[edit.tap.canonical, edit.pass_index] for edit in edits]
         self._live[slot].clear()
         self._live[slot].update(sites)
-        at = (torch.tensor(sites, dtype=torch.int64), torch.tensor([e.alternative for e in edits]))
-        _write(self.row[..., slot], at, [row_of[edit.content] for edit in edits])
-        _write(self.scale[..., slot], at, [edit.steering.scale_at(edit.tap) for edit in edits])
-        _write(self.mask[..., slot], at, [first_mask + edit.number for edit in edits])
+        alternatives = torch.tensor([edit.alternative for edit in edits])
+        cells = (torch.tensor(sites, dtype=torch.int64), alternatives)
+        _write(self.row[..., slot], cells, [row_of[edit.content] for edit in edits])
+        _write(self.scale[..., slot], cells, [edit.steering.scale_at(edit.tap) for edit in edits])
+        _write(self.mask[..., slot], cells, [first_mask + edit.number for edit in edits])
 
     def _put_vectors(
         self, slot: int, edits: Sequence[_TapEdit]
@@ -215,16 +220,16 @@ class EditTable:
         index = torch.where(applies, row[..., None], -1).amax(1).flatten(1)  # [Z, B * T]
         scale = torch.where(applies, scale[..., None], 0).sum(1).flatten(1)
         by_tap: dict[Tap, tuple[Edits, ...]] = {}
-        for at, site in enumerate(sites):  # the passes of a tap are in order
+        for z, site in enumerate(sites):  # the passes of a tap are in order
             tap, _ = self.sites[site]
-            edits = Edits(self.vectors, self.modes, index[at], scale[at])
+            edits = Edits(self.vectors, self.modes, index[z], scale[z])
             by_tap[tap] = (*by_tap.get(tap, ()), edits)
         return TapEdits(by_tap)
 
 
-def _write(table: Tensor, at: tuple[Tensor, Tensor], values: Sequence[float]) -> None:
-    """Set a slot's table [Z, A] to zero but for `values` at the indices, in one copy."""
+def _write(table: Tensor, cells: tuple[Tensor, Tensor], values: Sequence[float]) -> None:
+    """Set a slot's table [Z, A] to zero but for `values` in the cells, in one copy."""
     host_table = torch.zeros(table.shape, dtype=table.dtype)
     if values:
-        host_table[at] = torch.tensor(values, dtype=table.dtype)
+        host_table[cells] = torch.tensor(values, dtype=table.dtype)
     table.copy_(host_table)

@@ -35,7 +35,7 @@ class StepCache:
         self.steps: dict[StepShape, StepRunner] = {}
 
     def fits(self, batch: int, n_tokens: int, capture: bool) -> bool:
-        """Whether it serves so many requests of so many tokens."""
+        """Whether it can serve `batch` requests of up to n_tokens each."""
         keys = self.cache.keys
         return (
             (self.cache.batch, keys.dtype, keys.device)
@@ -45,9 +45,9 @@ class StepCache:
         )
 
     def step(self, shape: StepShape) -> StepRunner:
-        """The step that does what this shape asks for, made when it is asked for first.
+        """The step for a shape, made when it is first asked for.
 
-        A step that can edit more will do: with its tables empty it edits nothing.
+        A step that can edit more will do: with empty tables it edits nothing.
         """
         for known, runner in self.steps.items():
             if known.covers(shape):
@@ -77,12 +77,12 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         capture: bool = True,
     ) -> list[Generation]:
-        """Continue each request; what has become of them, in their order.
+        """Continue each request; returns their generations, in order.
 
         max_batch: most requests that run at once, default as many as fit the memory; the others
-        wait for a slot. on_rows: gets what lenses read, which is then not kept. Every rank runs the
-        same loop and gets the same tokens. The last token of a request is not fed back, so its lens
-        does not see that position. capture: whether steps are captured as CUDA graphs where they
+        wait for a slot. on_rows: gets the rows that lenses read, which are then not kept. Every
+        rank runs the same loop and gets the same tokens. The last token is not fed back, so no lens
+        sees that position. capture: whether steps are captured as CUDA graphs where they
         can be. Raises ValueError for no request, a prompt that is empty, too long or of another
         vocabulary, an edit or a lens that does not fit the model, a max_batch below 1, and logits
         that are not finite.
@@ -125,16 +125,16 @@ class Engine:
         return largest_batch(model.config, requests, target, capture=capture)
 
     def _steps(self, generations: Sequence[Generation], n_slots: int, capture: bool) -> StepCache:
-        """Memory for the longest request in every slot: that of the last call if it does."""
+        """Memory for the longest request in every slot: that of the last call if it fits."""
         device_type = self.model.device.type
         batch = batch_bucket(n_slots, device_type)
         n_tokens = max(len(g.prompt) + g.max_new_tokens for g in generations)
         if self.kept is not None and self.kept.fits(batch, n_tokens, capture):
             return self.kept
-        self.kept = None  # its memory goes before new memory is taken
+        self.kept = None  # frees its memory before more is allocated
         capacity = cache_capacity(n_tokens, self.model.config.context, device_type)
         steps = StepCache(self.model, batch, capacity, capture=capture)
-        if device_type == "cuda":  # elsewhere nothing is captured that is worth keeping
+        if device_type == "cuda":  # elsewhere nothing captured is worth keeping
             self.kept = steps
         return steps
 
@@ -142,11 +142,12 @@ class Engine:
         config = self.model.config
         stepped = [g for g in generations if g.max_new_tokens]
         lenses = [g.record.spec for g in stepped if g.record is not None and g.record.reads_steps]
-        edits = [(g.request.steering, len(g.prompt)) for g in generations]
+        for generation in generations:
+            generation.arrange_edits(steps.cache.capacity)
         return StepShape.of(
             LensPlan.of(lenses, config) if lenses else None,
             [generation.request.sampling for generation in generations],
-            TableShape.of(edits, steps.cache.capacity, config),
+            TableShape.of(g.edits for g in generations if g.edits is not None),
             max(len(generation.stop_ids) for generation in generations),
             config.vocab_size,
         )

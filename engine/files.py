@@ -13,7 +13,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; it takes path's place only if the block succeeds.
+    """Gives a path beside `path` to write to; the file replaces it only if the block succeeds.
 
     Raises ValueError where the folder cannot be written to.
     """

@@ -1,4 +1,4 @@
-"""Which states the steps of a batch read: those of all its lenses together."""
+"""The states that the steps of a batch read: those of all its lenses together."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TargetKind = Literal["none", "fixed", "next"]
 
 @dataclass(frozen=True)
 class LensPlan:
-    """What is read of a position: taps, the last of which is the final layer's, and top-k.
+    """The taps that are read at a position, of which the last is the final layer's, and top-k.
 
     KL is measured from the final layer, which is read beside the taps that are asked for. target:
     "next" if some request asks for the token that follows, which is known a step later; "fixed" if
-    all targets are known before. deferred: whether states of many steps are decoded together.
+    all targets are known beforehand. deferred: whether states of many steps are decoded together.
     """
 
     taps: tuple[Tap, ...]

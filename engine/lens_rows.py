@@ -1,4 +1,4 @@
-"""The lens of states that were set aside, and the rows that are kept of a text."""
+"""The lens of states that were stored, and the rows that are kept of a text."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ KEPT_PIECES = 64  # that are joined into one block
 def read_states(
     model: Transformer, plan: LensPlan, states: Tensor, targets: Tensor | None
 ) -> Tensor:
-    """What the head says of states [N, P, d] at the plan's taps: packed rows [N, P, width] int32.
+    """The head's statistics of states [N, P, d] at the plan's taps: packed [N, P, width] int32.
 
-    targets [N] int64: the id whose log-prob and rank are asked at each of the N positions, -1 for
-    none. Positions are decoded in blocks, which share a reading of the head's weight. Nothing
+    targets [N] int64: the id whose log-prob and rank are reported at each of the N positions, -1
+    for none. Positions are decoded in blocks, which share one reading of the head's weight. Nothing
     waits for results on the host.
     """
     n_taps, d = states.shape[1:]
@@ -51,9 +51,9 @@ OnRows = Callable[[list[int], list[int], Tensor], None]
 
 
 class LensRecord:
-    """What a lens read of one text, in order of position.
+    """The rows that a lens read of one text, in order of position.
 
-    taps: those that the lens asks for. Rows are kept packed, which takes less room than their
+    taps: those that the lens asks for. Rows are kept packed, which takes less memory than their
     fields, and in blocks, which take less than pieces. With on_rows they are handed over instead.
     """
 
@@ -67,7 +67,7 @@ class LensRecord:
 
     @property
     def reads_steps(self) -> bool:
-        """Whether positions from the prompt's last on are wanted."""
+        """Whether positions from the prompt's last one on are wanted."""
         return self.spec.positions in ("all", "generated")
 
     def wants(self, position: int, prompt_length: int) -> bool:
@@ -106,5 +106,5 @@ class LensRecord:
 
 @lru_cache
 def _columns(plan: LensPlan, taps: tuple[Tap, ...]) -> list[int]:
-    """Where taps lie among those of a plan; asked for every token."""
+    """The indices of taps among those of a plan; cached, as every token asks for them."""
     return [plan.taps.index(tap) for tap in taps]

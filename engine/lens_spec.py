@@ -1,4 +1,4 @@
-"""Which states a lens reads of a text, and what it says of them."""
+"""The states that a lens reads of a text, and the statistics that it reports of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MODES = ("live", "deferred")
 
 @dataclass(frozen=True)
 class LensSpec:
-    """Which states to decode, and what to say of them.
+    """The states to decode, and the statistics to report of them.
 
     points: of `POINTS`. layers: "all", or block numbers, as a sequence or as text like
-    "0-3,8,-1" (negative counts from the end). top_k: winners kept. targets: whose log-prob and
-    rank to report: "next" (the token that follows), a token id, or None. positions: "all"; those
-    of the "prompt"; "generated", the positions whose prediction was a generated token, so from
-    the prompt's last on; or "last", the prompt's last alone. mode: "live" decodes the states of a
-    generated token in the step that chooses it (with targets="next" in the step after, as the
-    rank of a token can be counted only once it is known); "deferred" keeps the states of
-    RING_TOKENS steps and decodes them together, which costs less where it is not the weight's
-    reading that bounds the product. Both give the same trace.
+    "0-3,8,-1" (negative counts from the end). top_k: candidates kept per row. targets: whose
+    log-prob and rank to report: "next" (the token that follows), a token id, or None. positions:
+    "all"; those of the "prompt"; "generated", the positions whose prediction was a generated token,
+    so from the prompt's last on; or "last", the prompt's last alone. mode: "live" decodes the
+    states of a generated token in the step that chooses it (with targets="next" in the step after,
+    as the rank of a token can be counted only once it is known); "deferred" keeps the states of
+    RING_TOKENS steps and decodes them together, which costs less where reading the weight is not
+    what bounds the product. Both give the same trace.
     """
 
     points: Sequence[str] = ("resid_post",)
@@ -36,7 +36,7 @@ class LensSpec:
     mode: str = "live"
 
     def taps(self, config: ModelConfig) -> tuple[Tap, ...]:
-        """The places to read, in the order in which data passes through them.
+        """The taps to read, in the order in which data passes through them.
 
         Raises ValueError naming a point or layer that the model does not have.
         """

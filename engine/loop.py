@@ -1,8 +1,8 @@
-"""The loop: give free slots to waiting requests, run a step, take in what it chose.
+"""The loop: give free slots to waiting requests, run a step, process the tokens it chose.
 
-The host only launches steps and takes in their records: with captured steps it looks at a record
-while the step after it runs, so the device never waits for it. The test for stop tokens is part of
-the step; the host's own runs one step behind, and discards the surplus.
+The host only launches steps and processes their records: with captured steps it reads a record
+while the next step runs, so the device never waits for it. The test for stop tokens is part of the
+step; the host repeats it one step behind, and discards the surplus.
 
 A slot is free as soon as its request needs no further step, and is reset alone. Prompts are fed one
 by one, and a step has the same number of rows whoever is in its slots: what a request gets depends
@@ -49,8 +49,8 @@ class Loop:
         self.slots: list[Generation | None] = [None] * n_slots
         self.lens, self.prefill_chunk = self.step.shape.lens, prefill_chunk
         self.on_token, self.on_progress = on_token, on_progress
-        # A nucleus may turn out wider than the candidates at hand: then the host finds the token,
-        # and must do so before the next step.
+        # A nucleus may turn out wider than the candidates that a step keeps: then the host finds
+        # the token, and must do so before the next step.
         has_nucleus = any(g.request.sampling.top_p < 1 for g in generations)
         self.steps_behind = int(self.model.device.type == "cuda" and not has_nucleus)
         self.pending: deque[tuple[HostCopy, Callable[[Tensor], None]]] = deque()
@@ -59,7 +59,7 @@ class Loop:
         self.n_fed, self.n_most = 0, sum(len(g.prompt) + g.max_new_tokens for g in generations)
 
     def run(self) -> None:
-        """Until every request has its tokens, and its lens has read them."""
+        """Run until every request has its tokens, and its lens has read them."""
         while self.waiting or any(self.slots):
             self.admit()
             if any(self.slots):
@@ -79,25 +79,25 @@ class Loop:
             self.slots[slot] = occupant
 
     def run_step(self) -> None:
-        """Launch one step, and queue what it says."""
+        """Launch one step, and queue its record."""
         self.step.cache.longest = max(g.n_cached for g in self.slots if g is not None)
         self.runner.run()
-        takers = list(self.slots)
-        fed: Fed = [None if g is None else (g, g.n_cached) for g in takers]
-        for slot, generation in enumerate(takers):
+        occupants = list(self.slots)
+        fed: Fed = [None if g is None else (g, g.n_cached) for g in occupants]
+        for slot, generation in enumerate(occupants):
             if generation is not None:
                 generation.n_launched += 1
                 self.report(1)
                 if generation.n_launched == generation.max_new_tokens:
                     self.slots[slot] = None
         lags = self.step.shape.lags_one_step
-        self.queue_record(takers, self.unread if lags else fed)
+        self.queue_record(occupants, self.unread if lags else fed)
         self.unread = fed
         if self.lens is not None and self.lens.deferred:
             self.ring.append(fed)
 
     def drain(self, left: int) -> None:
-        """Take in what arrived, oldest first, but for the last `left` of it."""
+        """Process pending records, oldest first, all but the last `left`."""
         while len(self.pending) > left:
             copied, then = self.pending.popleft()
             then(copied.wait())
@@ -120,6 +120,7 @@ class Loop:
             self.model,
             self.step.cache.slot(slot),
             generation.prompt[: length if feeds_all else length - 1],
+            n_tokens=length,
             chunk=self.prefill_chunk,
             edits=None if edits is None else edits.slot(slot).at,
             plan=None if record is None else record.plan,
@@ -133,12 +134,13 @@ class Loop:
         return generation
 
     def read_prompt(self, generation: Generation, positions: list[int], states: Tensor) -> None:
-        """Decode states of a prompt, but for the last where its next token is yet to be chosen."""
+        """Decode states of a prompt, except the last where its next token is not chosen yet."""
         if generation.max_new_tokens and positions[-1] == len(generation.prompt) - 1:
             generation.held_state = states[-1:].clone()
             positions, states = positions[:-1], states[:-1]
         if positions:
             self.decode(generation, positions, states)
+            self.drain(self.steps_behind)
 
     def decode(self, generation: Generation, positions: list[int], states: Tensor) -> None:
         """Queue the lens of states [n, P, d] at positions whose next tokens are known."""
@@ -150,22 +152,21 @@ class Loop:
             on_device = torch.tensor(targets, device=states.device)
         rows = read_states(self.model, record.plan, states, on_device)
         self.queue(rows, lambda host_rows: record.add(record.plan, positions, targets, host_rows))
-        self.drain(self.steps_behind)
 
     # Records of steps
 
     def queue(self, source: Tensor, then: Callable[[Tensor], None]) -> None:
         self.pending.append((HostCopy(source), then))
 
-    def queue_record(self, takers: list[Generation | None], read: Fed) -> None:
-        self.queue(self.step.record, lambda record: self.take_record(record, takers, read))
+    def queue_record(self, occupants: list[Generation | None], read: Fed) -> None:
+        self.queue(self.step.record, lambda record: self.take_record(record, occupants, read))
 
-    def take_record(self, record: Tensor, takers: list[Generation | None], read: Fed) -> None:
-        """Give tokens to the requests that were in the slots, and lens rows to those read."""
+    def take_record(self, record: Tensor, occupants: list[Generation | None], read: Fed) -> None:
+        """Give tokens to the requests that were in the slots, and rows to those that were read."""
         tokens, flags = record[:, :2].T.tolist()
         live = {
             slot: generation
-            for slot, generation in enumerate(takers)
+            for slot, generation in enumerate(occupants)
             if generation is not None and generation.finish_reason is None
         }
         if any(flags[slot] & NOT_FINITE for slot in live):
@@ -187,12 +188,13 @@ class Loop:
             self.on_token(generation.number, token)
         if generation.finish_reason is not None and self.slots[slot] is generation:
             self.slots[slot] = None
+            self.step.active[slot] = False  # the step knows only the end by a token's id
         if generation.held_state is not None:
             state, generation.held_state = generation.held_state, None
             self.decode(generation, [len(generation.prompt) - 1], state)
 
     def drawn_wide(self, generations: dict[int, Generation]) -> list[int]:
-        """Tokens whose nucleus was too wide for the step, which gets them, too."""
+        """Draw the tokens whose nucleus was too wide for the step, and write them into the step."""
         if not generations:
             return []
         step = self.step
@@ -204,7 +206,7 @@ class Loop:
         return [int(token) for token in tokens.tolist()]
 
     def take_rows(self, plan: LensPlan, read: Fed, rows: Tensor) -> None:
-        """Give rows [B, P · width] to the requests that asked for them and whose text got there."""
+        """Give rows [B, P · width] to the requests that want them and have the following token."""
         shape = (len(plan.taps), record_width(plan.top_k))
         for slot, entry in enumerate(read):
             if entry is not None:
@@ -215,7 +217,7 @@ class Loop:
                     record.add(plan, [position], [record.target(following)], packed)
 
     def read_last_taps(self) -> None:
-        """Read the taps of the last step, which no product after it does."""
+        """Read the taps of the last step, which has no step after it to read them."""
         if self.ring:
             self.read_ring()
         elif self.step.shape.lags_one_step and any(

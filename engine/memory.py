@@ -1,10 +1,10 @@
-"""What a rank's memory is taken by, phase by phase, in bytes: the numbers behind `plan`.
+"""Where a rank's memory goes, phase by phase, in bytes: the numbers behind `plan`.
 
 Legend: B requests (padded to a bucket where a decode step is captured), S positions of context, T
 positions of a prefill chunk, which is of one request, P states read by a lens at a position, R =
-64 P rows that share a reading of the head, d hidden size, b bytes a number; H, K, f, V: heads, key
-and value heads, MLP width and vocabulary of this rank; D head size. Some tensors live all along; of
-the rest, those of one phase at a time: a prefill chunk, or a reading of the head.
+64 P rows that share a reading of the head, d hidden size, b bytes per number; H, K, f, V: heads,
+key and value heads, MLP width and vocabulary of this rank; D head size. Some tensors live
+throughout; the others live in one phase at a time: a prefill chunk, or a reading of the head.
 
 Each sum names the tensors that are alive at the phase's peak. On a CPU the references run, whose
 intermediate results are tensors too. Nothing here needs torch.
@@ -12,7 +12,9 @@ intermediate results are tensors too. Nothing here needs torch.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +30,7 @@ from ..kernels.blocks import (
     head_block_ids,
 )
 from ..model.config import DTYPE_BYTES, ModelConfig
-from ..model.sharding import placements, rank_spans
+from ..model.sharding import TensorTable, rank_spans, tensor_table
 from .limits import (
     CAPTURED_ROWS,
     DECODED_POSITIONS,
@@ -41,16 +43,16 @@ from .limits import (
 
 DeviceType = Literal["cuda", "cpu"]
 
-LOGITS_COPIES = 2.55  # of a block's logits in the reference: themselves, room for sums, masks
+LOGITS_COPIES = 2.55  # of a block's logits in the reference: logits, room for sums, masks
 ATTENTION_BUFFER_BYTES = 2**17  # of PyTorch's attention on a CPU, on two threads
-MERGED_BYTES = 400  # of a row while the winners of all ranks are merged, in float64
+MERGED_BYTES = 400  # per row while the candidates of all ranks are merged, in float64
 CUDA_CONTEXT_BYTES = 2**30  # the context itself, and what NCCL keeps
 CUBLAS_WORKSPACE_BYTES = 2**25  # PyTorch's choice on Hopper and Blackwell, the largest
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the model. taps: states decoded a position, the final layer's among them."""
+    """The work to be done. taps: states decoded per position, the final layer's among them."""
 
     context: int
     capacity: int  # of the cache: rounded up where steps are captured
@@ -70,7 +72,7 @@ class Workload:
 
     @property
     def bucket(self) -> int:
-        """B: captured steps exist for powers of two."""
+        """B: slots, a power of two where steps are captured."""
         return batch_bucket(self.batch, self.device_type)
 
     @property
@@ -79,8 +81,8 @@ class Workload:
         return self.bucket * (self.taps + 1)
 
     @property
-    def winner_bytes(self) -> int:
-        """What a rank says of one row: k ids and logits, six sums."""
+    def candidate_bytes(self) -> int:
+        """Bytes that a rank sends per row: k ids and logits, six sums."""
         return 8 * self.top_k + 24
 
 
@@ -100,18 +102,36 @@ class Share:
 
 
 def fullest_share(config: ModelConfig, ranks: int) -> Share:
-    """Raises ValueError where the model cannot be split over that many ranks."""
-    # Every rank stores as many heads and rows of the vocabulary; an even split that does not come
-    # out leaves the last rank the larger part.
-    spans = rank_spans(config, ranks - 1, ranks)
-    sizes = {dim: span.padded for dim, span in spans.items()}
+    """The largest share of a rank: where the ranks do not divide heads or MLP, shares differ."""
+    table = tensor_table(dataclasses.replace(config, n_layers=1))
+    shares = {
+        tuple((dim, span.padded) for dim, span in rank_spans(config, rank, ranks).items())
+        for rank in range(ranks)
+    }
+    return max((_share(config, dict(sizes), table) for sizes in shares), key=_numbers)
+
+
+def even_share(config: ModelConfig, ranks: int) -> Share:
+    """A share without padding, of heads that could be cut and rows that came out even."""
+    whole = {dim: span.full for dim, span in rank_spans(config, 0, 1).items()}
+    cut = {dim: -(-whole[dim] // ranks) for dim in ("heads", "kv_heads", "ffn", "vocab")}
+    cut["kv_heads"] = max(cut["kv_heads"], config.head_dim)
+    return _share(config, whole | cut, tensor_table(dataclasses.replace(config, n_layers=1)))
+
+
+def _numbers(share: Share) -> tuple[int, int]:
+    return share.parameters, share.kv_width
+
+
+def _share(config: ModelConfig, sizes: Mapping[str, int], table: TensorTable) -> Share:
     counts = {
         name: sum(math.prod(sizes[dim] for dim in part.dims) for part in parts)
-        for name, parts in placements(config).items()
+        for name, parts in table.items()
     }
+    block = sum(n for name, n in counts.items() if name.startswith("blocks."))
     return Share(
-        parameters=sum(counts.values()),
-        block_parameters=sum(n for name, n in counts.items() if name.startswith("blocks.")),
+        parameters=sum(counts.values()) + (config.n_layers - 1) * block,
+        block_parameters=config.n_layers * block,
         n_layers=config.n_layers,
         d=config.d,
         q_width=sizes["heads"],
@@ -151,7 +171,7 @@ def captured_bytes(share: Share, work: Workload) -> int:
 
 
 def reading_bytes(share: Share, work: Workload, ranks: int) -> int:
-    """The larger of a prompt's reading by the lens and a decode step's own."""
+    """The larger of the lens's reading of a prompt and a decode step's reading of the head."""
     positions = chunk_tokens(work) if work.reads_prompt else 0
     prompt_rows = min(DECODED_POSITIONS, positions) * work.taps
     ring_rows = DECODED_POSITIONS * work.taps if work.deferred else 0
@@ -159,16 +179,14 @@ def reading_bytes(share: Share, work: Workload, ranks: int) -> int:
 
 
 def rows_reading_bytes(share: Share, work: Workload, rows: int, ranks: int) -> int:
-    """A norm comes first; then, beside the normed rows, first the targets' logits, then the
-    winners.
-    """
+    """A norm; then, beside the normed rows, the targets' logits, and after them the candidates."""
     normed = rows * share.d * work.dtype_bytes
     after = max(target_bytes(share, work, rows), head_bytes(share, work, rows, ranks))
     return max(norm_bytes(share, work, rows), normed + after)
 
 
 def norm_bytes(share: Share, work: Workload, rows: int) -> int:
-    """The result; on a CPU also the row widened, and twice on its way through the norm."""
+    """The result; on a CPU also the widened row, and two intermediate results of the norm."""
     is_wide = work.dtype_bytes == 4
     if work.device_type == "cuda":
         return rows * share.d * work.dtype_bytes
@@ -183,8 +201,8 @@ def target_bytes(share: Share, work: Workload, rows: int) -> int:
 
 
 def head_bytes(share: Share, work: Workload, rows: int, ranks: int) -> int:
-    """Logits of a block on a CPU, of the programs' tiles on CUDA; winners and their merging."""
-    merged = rows * (MERGED_BYTES + ranks * work.winner_bytes)
+    """Logits of a block on a CPU, of the programs' tiles on CUDA; candidates and their merging."""
+    merged = rows * (MERGED_BYTES + ranks * work.candidate_bytes)
     if work.device_type == "cuda":
         tile_bytes = min(HEAD_TILE_BYTES, HEAD_ROW_BYTES * rounded_up(rows, HEAD_LEAST_ROWS))
         shares = max(HEAD_MOST_SHARES, HEAD_PROGRAMS // -(-rows // HEAD_TILE_ROWS))
@@ -207,15 +225,16 @@ def prefill_bytes(share: Share, work: Workload) -> int:
 
 
 def mlp_bytes(share: Share, work: Workload, rows: int) -> int:
-    """Five states of the residual stream; gate and up [T, 2f] and what becomes of them."""
-    of_gate_and_up = 3 if work.device_type == "cuda" else 4
-    return rows * (5 * share.d + of_gate_and_up * share.ffn) * work.dtype_bytes
+    """Five states of the residual stream; gate and up [T, 2f] and the product of them."""
+    ffn_widths = 3 if work.device_type == "cuda" else 4
+    return rows * (5 * share.d + ffn_widths * share.ffn) * work.dtype_bytes
 
 
 def attention_bytes(share: Share, work: Workload) -> int:
-    """Four states of the residual stream; q, k, v fused, q rotated, what comes of q and its copy;
-    on CUDA the scores' log-sum-exp [T, H] in float32; on a CPU, where a chunk that is not the first
-    needs a mask, which positions are seen [T, S], as bool and as numbers.
+    """Four states of the residual stream; q, k, v fused, q rotated, attention's output and a copy.
+
+    On CUDA also the scores' log-sum-exp [T, H] in float32; on a CPU, where every chunk but the
+    first needs a mask, the mask [T, S], as bool and as numbers.
     """
     chunk = chunk_tokens(work)
     rows, span = chunk, max(chunk, work.prompt // chunk * chunk)
@@ -227,8 +246,8 @@ def attention_bytes(share: Share, work: Workload) -> int:
 
 
 def graph_bytes(share: Share, work: Workload, ranks: int) -> int:
-    """What a captured step holds for itself: a workspace of cuBLAS, and its temporaries at their
-    most, in an MLP or while it reads the head.
+    """A captured step's cuBLAS workspace, and the most that its temporaries take, in an MLP or
+    while it reads the head.
     """
     if not work.captured:
         return 0
@@ -238,10 +257,10 @@ def graph_bytes(share: Share, work: Workload, ranks: int) -> int:
 
 
 def runtime_bytes(work: Workload) -> int:
-    """What CUDA takes before there is any tensor, and the workspace of products outside graphs."""
+    """The CUDA context, which comes before any tensor, and the workspace of eager products."""
     return CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES if work.device_type == "cuda" else 0
 
 
 def kept_bytes(work: Workload) -> int:
-    """Of a position's trace on the host: packed rows, the position and its target."""
+    """Host memory of a trace per position: packed rows, the position and its target."""
     return 4 * work.taps * (2 * work.top_k + ROW_SCALARS) + 16

@@ -1,10 +1,10 @@
 """Does a model fit, and how fast can it be at most: arithmetic on its config alone.
 
-Everything is said of the fullest rank. Legend: see `footprint.py`, which has the memory; p ranks, L
-blocks, k winners.
+All figures are those of the fullest rank. Legend: see `memory.py`, which counts the memory; p
+ranks, L blocks, k candidates.
 
     decode step reads    b (block weights + V d + B d) + cache 2 L B K S D b + taps
-    decode step sends    (2 L + 1) all-reduces of B d b, winners of its rows to p - 1 ranks
+    decode step sends    (2 L + 1) all-reduces of B d b, candidates of its rows to p - 1 ranks
 
 Nothing here needs torch until a device is asked for its memory.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..model.config import DTYPE_BYTES, ModelConfig
 from . import memory as footprint
 from .limits import RING_TOKENS, cache_capacity
-from .memory import DeviceType, Share, Workload, fullest_share
+from .memory import DeviceType, Share, Workload, even_share, fullest_share
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class Plan:
 
     lens_workspace_bytes: states on their way to the lens, and a reading of the head, which
     sampling needs too. prefill_bytes: what a prefill chunk takes beyond a reading. graph_bytes:
-    what a captured decode step holds on to, and nothing else can use.
+    what a captured decode step keeps, and nothing else can use.
     """
 
     config: ModelConfig
@@ -69,10 +69,11 @@ class Plan:
     sent_bytes_per_token: int
     flops_per_token: int
     kept_bytes_per_token: int  # of host memory, for the trace of one request's token
+    padding_bytes: int  # of weights and cache, beyond an even share: heads are whole
 
     @property
     def parts(self) -> dict[str, int]:
-        """What the memory is for, in bytes."""
+        """The memory by purpose, in bytes."""
         return {
             "weights": self.weights_bytes,
             "cache": self.cache_bytes,
@@ -88,7 +89,7 @@ class Plan:
         return sum(self.parts.values())
 
     def tokens_per_s(self, bandwidth_bytes_per_s: float) -> float:
-        """Of all requests together, if a step took no longer than its memory traffic."""
+        """The rate of all requests together, if a step took no longer than its memory traffic."""
         return self.workload.batch * bandwidth_bytes_per_s / self.moved_bytes_per_token
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,14 +114,14 @@ def plan(
     reads_prompt: bool = True,
     capture: bool = True,
 ) -> Plan:
-    """What each of `ranks` ranks needs to run `batch` requests of `context` positions each.
+    """The needs of each of `ranks` ranks to run `batch` requests of `context` positions each.
 
     taps: (layer, point) pairs that a lens reads, 0 for no lens; final_tapped: whether the last
     resid_post is among them (it is decoded in any case). dtype: a name, default the config's.
     deferred: the lens decodes the states of RING_TOKENS steps together. prompt: how many of the
     positions are fed at the start, default all; reads_prompt: whether the lens reads them.
     capture: whether decode steps are captured as CUDA graphs, where there is CUDA.
-    Raises ValueError for ranks that cannot share the model, and for more context than it has.
+    Raises ValueError for more ranks than heads, and for more context than the model has.
     """
     dtype = config.dtype_name if dtype is None else dtype
     _check(config, ranks, context, batch, taps, top_k, dtype)
@@ -160,7 +161,7 @@ def _check(
 
 
 def _planned(config: ModelConfig, ranks: int, work: Workload) -> Plan:
-    share = fullest_share(config, ranks)
+    share, even = fullest_share(config, ranks), even_share(config, ranks)
     reading = footprint.reading_bytes(share, work, ranks)
     return Plan(
         config=config,
@@ -177,11 +178,16 @@ def _planned(config: ModelConfig, ranks: int, work: Workload) -> Plan:
         sent_bytes_per_token=sent_bytes(share, work, ranks),
         flops_per_token=step_flops(share, work),
         kept_bytes_per_token=footprint.kept_bytes(work),
+        padding_bytes=max(0, _stored_bytes(share, work) - _stored_bytes(even, work)),
     )
 
 
+def _stored_bytes(share: Share, work: Workload) -> int:
+    return share.parameters * work.dtype_bytes + footprint.cache_bytes(share, work)
+
+
 def moved_bytes(share: Share, work: Workload) -> int:
-    """Read and written by one decode step with the context full; small activations left out."""
+    """Bytes that one decode step reads and writes at full context; small activations left out."""
     head = share.vocab * share.d
     weights = share.block_parameters + share.d + head + work.bucket * share.d
     # padded requests hold no positions; every request writes one
@@ -194,27 +200,23 @@ def moved_bytes(share: Share, work: Workload) -> int:
 
 
 def sent_bytes(share: Share, work: Workload, ranks: int) -> int:
-    """By this rank, as rings: see parallel/collectives.py."""
+    """Bytes that this rank sends per step, counted as rings: see parallel/collectives.py."""
     hidden = work.bucket * share.d * work.dtype_bytes
     all_reduces = (2 * share.n_layers + 1) * (2 * hidden * (ranks - 1) // ranks)
-    return all_reduces + work.head_rows * work.winner_bytes * (ranks - 1)
+    return all_reduces + work.head_rows * work.candidate_bytes * (ranks - 1)
 
 
 def step_flops(share: Share, work: Workload) -> int:
-    """Two a weight and row; four a cached position, query head and its size."""
+    """Two FLOPs per weight and row; four per cached position and number of the queries."""
     products = work.bucket * share.block_parameters + work.head_rows * share.vocab * share.d
     attention = share.n_layers * work.batch * work.context * share.q_width
     return 2 * products + 4 * attention
 
 
 def largest_group(config: ModelConfig, ranks: int) -> int:
-    """The most of `ranks` ranks that can share one model, all groups having as many."""
+    """The largest size of equal groups of the `ranks` ranks that can share one model each."""
     for size in range(min(ranks, config.n_heads), 0, -1):
         if ranks % size == 0:
-            try:
-                fullest_share(config, size)
-            except ValueError:
-                continue
             return size
     raise AssertionError("one rank can always hold the model")
 
@@ -222,11 +224,8 @@ def largest_group(config: ModelConfig, ranks: int) -> int:
 def fewest_ranks(config: ModelConfig, workload: Workload, memory_bytes: float) -> int | None:
     """The smallest number of ranks that can share the model and fit it, if there is one."""
     for ranks in range(1, config.n_heads + 1):
-        try:
-            if _planned(config, ranks, workload).total_bytes <= memory_bytes:
-                return ranks
-        except ValueError:
-            continue
+        if _planned(config, ranks, workload).total_bytes <= memory_bytes:
+            return ranks
     return None
 
 
@@ -249,7 +248,7 @@ def check_fits(planned: Plan, memory_bytes: float, what: str) -> None:
 
 
 def gib(n_bytes: float) -> str:
-    """In GiB, with one decimal, or two digits where that would show nothing."""
+    """Bytes as GiB, with one decimal, or two digits where that would show nothing."""
     value = n_bytes / GIB
     return f"{value:,.1f}" if value >= 0.1 or not n_bytes else f"{value:.2g}"
 
@@ -264,7 +263,7 @@ def device_memory_bytes(device: torch.device) -> int:
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Memory of this machine that is free to take."""
+    """Memory of this machine that is free."""
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()
     except OSError:  # not Linux

@@ -23,6 +23,7 @@ def prefill(
     cache: KVCache,
     token_ids: Sequence[int],
     *,
+    n_tokens: int,
     chunk: int,
     edits: EditFn | None = None,
     plan: LensPlan | None = None,
@@ -32,22 +33,25 @@ def prefill(
 ) -> None:
     """Fill the cache, of one request, with token_ids from position 0 on.
 
-    plan: what is read at the positions that `wants` says; on_states gets them chunk by chunk, of
-    fewer positions where many taps are read. on_chunk(positions of the chunk) follows each.
+    n_tokens: how many the whole prompt has, of which the last may be left to a step.
+    plan: the taps that are read at the positions that `wants` accepts; on_states gets their states
+    chunk by chunk, with fewer positions where many taps are read. on_chunk(positions of the chunk)
+    is called after each.
     """
     if plan is not None:
         chunk = min(chunk, max(1, CAPTURED_ROWS // len(plan.taps)))
     for start in range(0, len(token_ids), chunk):
         ids = token_ids[start : start + chunk]
-        positions = [at for at in range(start, start + len(ids)) if plan is not None and wants(at)]
+        positions = [] if plan is None else list(filter(wants, range(start, start + len(ids))))
         sink = None
         if plan is not None and positions:
-            rows = torch.tensor([at - start for at in positions], device=model.device)
+            rows = torch.tensor(positions, device=model.device) - start
             sink = RowTaps(plan.taps, rows, model.config.d, dtype=model.dtype)
         model(
             torch.tensor([ids], device=model.device),
             cache=cache,
             start=start,
+            n_tokens=n_tokens,
             sink=sink or NO_TAPS,
             edits=edits,
         )

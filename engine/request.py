@@ -1,24 +1,28 @@
-"""What is asked of a model for one text, and what has become of it so far."""
+"""A request for one text, and its progress through the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ..model.config import ModelConfig
+from .edit_table import RequestEdits
 from .lens_rows import LensRecord
 from .lens_spec import LensSpec
 from .sampling import GREEDY, Sampling
 from .steering import Steering
 
-Prompt = str | Sequence[int] | Tensor
+Conversation = Sequence[Mapping[str, Any]]  # messages, each with a role and a content
+Prompt = str | Sequence[int] | Tensor | Conversation
 FinishReason = Literal["stop", "length"]
 
 # (number of the request, token id) as soon as a token is known on the host
 OnToken = Callable[[int, int], None]
+# whether the new tokens so far, asked after each, end the text
+Ends = Callable[[Sequence[int]], bool]
 # (positions fed to the model so far, the most there can be)
 OnProgress = Callable[[int, int], None]
 
@@ -27,10 +31,13 @@ OnProgress = Callable[[int, int], None]
 class Request:
     """One text to continue, and how.
 
-    prompt: token ids, as a sequence or a [T] tensor; a `LanguageModel` takes text, too.
-    max_new_tokens: 0 to read the prompt alone. sampling: greedy by default. steering: edits, which
-    act one after another where they meet. lens: what to read on the way, if anything. stop_ids:
-    tokens that end the text and are kept; default the model's own end tokens.
+    prompt: token ids, as a sequence or a [T] tensor; a `LanguageModel` takes text and a
+    conversation, too. max_new_tokens: 0 to read the prompt alone. sampling: greedy by default.
+    steering: edits, which act one after another where they meet. lens: what to read on the way, if
+    anything. stop_ids: tokens that end the text and are kept; default the model's own end tokens.
+    stop: texts that end it, for a `LanguageModel`: the new tokens stay as they are, the result's
+    text ends before the first. ends: whether the new tokens so far end the text, which every rank
+    must answer alike.
     """
 
     prompt: Prompt
@@ -39,29 +46,35 @@ class Request:
     steering: Sequence[Steering] = ()
     lens: LensSpec | None = None
     stop_ids: Collection[int] | None = None
+    stop: str | Sequence[str] = ()
+    ends: Ends | None = None
 
 
 class Generation:
     """A request on its way through the engine.
 
     number: its index in the call. prompt: its token ids. tokens: those chosen so far.
-    finish_reason: "stop" after a stop token, "length" after max_new_tokens, None before either.
-    record: what its lens read.
+    finish_reason: "stop" after a stop token or text, "length" after max_new_tokens, None before
+    either. record: what its lens read.
     """
 
     def __init__(self, number: int, request: Request, config: ModelConfig) -> None:
         self.number, self.request, self.config = number, request, config
         self.prompt = _ids(request.prompt)
+        if request.stop:
+            raise ValueError("the engine reads no text: give stop texts to a LanguageModel")
         self.max_new_tokens = request.max_new_tokens
         stop_ids = config.eos_token_ids if request.stop_ids is None else request.stop_ids
         self.stop_ids = frozenset(stop_ids)
+        self.ends = request.ends
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.record: LensRecord | None = None
         if request.lens is not None:
             request.lens.check(config)
             self.record = LensRecord(request.lens, config)
-        self.n_launched = 0  # steps that choose a token of it
+        self.edits: RequestEdits | None = None
+        self.n_launched = 0  # steps launched that choose one of its tokens
         # the last state of the prompt [1, P, d], if its lens waits for the first new token
         self.held_state: Tensor | None = None
 
@@ -70,6 +83,12 @@ class Generation:
         check_prompt(self.prompt, self.max_new_tokens, self.config, name)
         for steering in self.request.steering:
             steering.check(self.config)
+
+    def arrange_edits(self, capacity: int) -> None:
+        """Find the passes of the request's edits in a cache of so many positions."""
+        if self.request.steering:
+            n_prompt, n_layers = len(self.prompt), self.config.n_layers
+            self.edits = RequestEdits(self.request.steering, n_prompt, capacity, n_layers)
 
     @property
     def n_cached(self) -> int:
@@ -80,12 +99,13 @@ class Generation:
         """The token at a position of the text; -1 where there is none yet."""
         if position < len(self.prompt):
             return self.prompt[position]
-        at = position - len(self.prompt)
-        return self.tokens[at] if at < len(self.tokens) else -1
+        index = position - len(self.prompt)
+        return self.tokens[index] if index < len(self.tokens) else -1
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
-        if token in self.stop_ids:
+        ends = self.ends is not None and self.ends(self.tokens)
+        if ends or token in self.stop_ids:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.max_new_tokens:
             self.finish_reason = "length"
@@ -112,9 +132,9 @@ def check_prompt(
 
 
 def _ids(prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
+    ids: list[Any] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    if isinstance(prompt, str) or any(isinstance(each, Mapping) for each in ids[:1]):
         raise ValueError("the engine takes token ids: give text to a LanguageModel")
-    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
     if ids and not isinstance(ids[0], int):
         raise ValueError("token ids of one text are a flat sequence of integers")
     return ids

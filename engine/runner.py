@@ -68,7 +68,7 @@ class StepRunner:
         self.graph = captured(step.tokens.device, warm_up, run)
 
     def _as_if_full(self) -> None:
-        """Positions at the cache's end: a captured step serves every length up to it."""
+        """Set positions to the cache's end: a captured step serves every length up to it."""
         cache = self.step.cache
         cache.longest = cache.capacity - 1
         cache.lengths.fill_(cache.capacity - 1)
@@ -76,5 +76,5 @@ class StepRunner:
 
 
 def is_capturable(step: DecodeStep) -> bool:
-    """The references of some kernels wait for results on the host."""
+    """Whether a step runs on kernels: the references of some wait for results on the host."""
     return use_triton(step.tokens) and step.tokens.is_cuda and step.shape.k <= MOST_K

@@ -1,4 +1,4 @@
-"""Choosing the next token without anybody holding the logits of the whole vocabulary.
+"""Choosing the next token, although no rank holds the logits of the whole vocabulary.
 
 Whatever the options, the token chosen is
 
@@ -21,7 +21,7 @@ from ..kernels.head_types import Noise
 from ..parallel.head_reduce import HeadResult, SampleResult, mass_above, reduce_head
 from ..parallel.vocab import VocabHead
 
-# Candidates looked at before a nucleus is taken to be wider than them, and keys tried after that.
+# Candidates among which a nucleus is looked for, and keys tried first where it is wider.
 NUCLEUS_CANDIDATES = 64
 NUCLEUS_TRIES = 8
 
@@ -33,8 +33,8 @@ class Sampling:
     temperature > 0 samples softmax(z / temperature), exactly: the best Gumbel keys are exchanged.
     top_k > 0 allows the k best ids (ties: lower id), exactly: the global top-k is exchanged.
     top_p < 1 allows the fewest best ids whose probability reaches top_p (after top_k, if given),
-    exactly: if the candidates at hand do not reach top_p, ids are taken in the order of their
-    Gumbel keys, and the draw is the first whose higher-probability ids hold less than top_p.
+    exactly: if the candidates do not reach top_p, ids are tried in the order of their Gumbel keys,
+    and the draw is the first whose higher-probability ids hold less than top_p.
 
     Raises ValueError for values outside their range.
     """
@@ -73,7 +73,7 @@ GREEDY = Sampling()
 class SamplingTable:
     """How each of B requests draws, in device memory; a captured step follows its changes.
 
-    A slot that nothing was put into is greedy.
+    A slot is greedy until `put` says otherwise.
     """
 
     def __init__(self, batch: int, vocab_size: int, device: torch.device) -> None:
@@ -103,7 +103,7 @@ def draw(
 
     The rows' logits are scaled by table.scale; their samples were keyed by table.seed and
     step [B], the number of tokens drawn before. A token is not known where a nucleus is wider
-    than the candidates at hand: `draw_wide` finds it.
+    than the candidates: `draw_wide` finds it.
     """
     k = chosen.token_ids.shape[1]
     limit, top_p = table.limit[:, None], table.top_p[:, None]
@@ -124,7 +124,7 @@ def draw(
 def draw_wide(
     x: Tensor, head: VocabHead, table: SamplingTable, step: Tensor, slots: Tensor
 ) -> Tensor:
-    """Tokens [B] of normed rows x [B, d] whose nucleus is wider than the candidates at hand.
+    """Tokens [B] of normed rows x [B, d] whose nucleus is wider than the candidates.
 
     slots [B] int64: the rows' slots in `table`; step [B]. The host waits for results.
 

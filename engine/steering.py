@@ -1,4 +1,4 @@
-"""What to change in the hidden states of a text, and where.
+"""Edits of the hidden states of a text: with which vector, at which taps and positions.
 
 Positions are absolute: those of the text, whatever the chunk, the padding or the cache. How the
 edits of a batch get to the device is the subject of `edit_table.py`.
@@ -30,7 +30,7 @@ class Steering:
 
     vector: [d], for all layers, or `SteeringVectors`, of which each layer gets the vector made for
     it; then "all" layers are those that have one, and the point may be left out where the vectors
-    have but one. layers: as in `LensSpec`. point: "resid_post" if a lone vector comes without.
+    have but one. layers: as in `LensSpec`. point: "resid_post" for a lone vector without one.
     mode: one of kernels.edits.MODES. scale: multiplies the vector; with "clamp" it is the component
     that the state gets along the vector. unit: what scale counts in, "vector" as given, or
     "resid_norm": then a scale of 1 makes the change (with "clamp" the component) as long as the
@@ -41,7 +41,8 @@ class Steering:
     Edits that meet at a tap and position act one after another, in the order of their list.
 
     Raises ValueError for a vector that is not flat, is not finite or is all zeros, for taps
-    without a vector, for a unit that the vector or the mode has no use for, and for unknown words.
+    without a vector, for a unit that does not apply to the vector or the mode, and for unknown
+    names.
     """
 
     vector: Tensor | SteeringVectors
@@ -118,22 +119,22 @@ class Steering:
 
     def mask(self, prompt_length: int, capacity: int) -> Tensor:
         """[capacity] bool: the positions that are edited."""
-        at = torch.arange(capacity)
+        position = torch.arange(capacity)
         if isinstance(self.positions, int):
-            return at >= self.positions
+            return position >= self.positions
         if not isinstance(self.positions, str):
-            return torch.isin(at, torch.tensor(list(self.positions), dtype=torch.int64))
+            return torch.isin(position, torch.tensor(list(self.positions), dtype=torch.int64))
         return {
-            "all": at >= 0,
-            "prompt": at < prompt_length,
-            "generated": at >= prompt_length,
-            "last_prompt": at == prompt_length - 1,
-            "label": at == prompt_length,
+            "all": position >= 0,
+            "prompt": position < prompt_length,
+            "generated": position >= prompt_length,
+            "last_prompt": position == prompt_length - 1,
+            "label": position == prompt_length,
         }[self.positions]
 
 
 def _check_positions(rule: object) -> None:
-    """The annotation, checked for callers without a type checker."""
+    """Check the annotation, for callers without a type checker."""
     choice = f"there are {', '.join(POSITION_RULES)}, a first position, or a list of positions"
     if isinstance(rule, str):
         if rule not in POSITION_RULES:

@@ -41,7 +41,7 @@ NOT_KNOWN, NOT_FINITE = 1, 2  # bits of a record's flag
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a captured step depends on, beside batch and capacity; all else is in its buffers."""
+    """All that a captured step depends on, beside batch and capacity; the rest is in buffers."""
 
     lens: LensPlan | None
     draws: bool  # some request samples
@@ -69,7 +69,7 @@ class StepShape:
         )
 
     def covers(self, other: StepShape) -> bool:
-        """Whether a step of this shape does what one of the other does."""
+        """Whether a step of this shape can do the work of one of the other shape."""
         is_alike = dataclasses.replace(self, edits=other.edits) == other
         if other.edits is None:
             return is_alike
@@ -149,10 +149,10 @@ class DecodeStep:
         if shape.lens is not None and shape.lens.deferred:
             self.ring = zeros(RING_TOKENS, batch, len(shape.lens.taps), d, dtype=model.dtype)
             self.ring_targets = zeros(RING_TOKENS, batch, dtype=torch.int64)
-            self.ring_at = zeros(1, dtype=torch.int64)
+            self.ring_index = zeros(1, dtype=torch.int64)
 
     def _tap_buffer(self) -> TapBuffer:
-        """A separate buffer if the previous taps are still unread, else a view of the rows."""
+        """A separate buffer if the previous taps are still unread, else a view of the head rows."""
         lens = self.shape.lens
         if lens is None:
             return TapBuffer((), self.states)
@@ -162,7 +162,7 @@ class DecodeStep:
         return TapBuffer(lens.taps, self.states.new_zeros(size))
 
     def reset(self) -> None:
-        """Leave all slots empty, and nothing of what was in them."""
+        """Empty all slots, and clear what was in them."""
         for buffer in (self.tokens, self.n_drawn, self.n_left, self.active, self.states):
             buffer.zero_()
         for buffer in (self.taps.states, self.cache.lengths):
@@ -172,19 +172,19 @@ class DecodeStep:
         for slot in range(self.batch):
             self.sampling.put(slot, GREEDY)
             if self.edits is not None:
-                self.edits.put(slot, (), 0)
-        if hasattr(self, "ring_at"):
-            self.ring_at.zero_()
+                self.edits.put(slot, None)
+        if hasattr(self, "ring_index"):
+            self.ring_index.zero_()
 
     def edit(self, slot: int, generation: Generation) -> None:
         """Put a request's edits into a slot."""
         if self.edits is not None:
-            self.edits.put(slot, generation.request.steering, len(generation.prompt))
+            self.edits.put(slot, generation.edits)
 
     def start(self, slot: int, generation: Generation) -> None:
         """Give a slot to a request whose prompt is in the cache, but for the last token.
 
-        Nothing of the slot's last request is reset that is still to be read of it.
+        Whatever is still to be read of the slot's last request is left alone.
         """
         self.cache.lengths[slot] = len(generation.prompt) - 1
         self.tokens[slot] = generation.prompt[-1]
@@ -200,7 +200,7 @@ class DecodeStep:
         self.sampling.put(slot, generation.request.sampling)
 
     def run(self) -> None:
-        """Feed the tokens, read the head, stash what is to be read later."""
+        """Feed the tokens, read the head, stash the taps that are read later."""
         self.feed()
         self.read()
         self.stash_taps()
@@ -246,15 +246,15 @@ class DecodeStep:
         self.active &= (self.n_left > 0) & ~is_stop
 
     def stash_taps(self) -> None:
-        """Make room for the next taps, now that the token after these is known."""
+        """Stash the previous taps, now that the token after them is known."""
         lens = self.shape.lens
         if lens is None or not (lens.deferred or self.shape.lags_one_step):
             return
         targets = self.tokens.where(self.follows, self.fixed_targets)
         if lens.deferred:
-            self.ring.index_copy_(0, self.ring_at, self.taps.states[None])
-            self.ring_targets.index_copy_(0, self.ring_at, targets[None])
-            self.ring_at.copy_((self.ring_at + 1) % RING_TOKENS)
+            self.ring.index_copy_(0, self.ring_index, self.taps.states[None])
+            self.ring_targets.index_copy_(0, self.ring_index, targets[None])
+            self.ring_index.copy_((self.ring_index + 1) % RING_TOKENS)
         else:
             self.states[:, 1:] = self.taps.states
             self.row_targets.copy_(targets)
@@ -264,8 +264,8 @@ class DecodeStep:
         self.tokens[slots] = tokens
         targets = tokens.where(self.follows[slots], self.fixed_targets[slots])
         self.row_targets[slots] = targets
-        if hasattr(self, "ring_at"):
-            self.ring_targets[(self.ring_at - 1) % RING_TOKENS, slots] = targets
+        if hasattr(self, "ring_index"):
+            self.ring_targets[(self.ring_index - 1) % RING_TOKENS, slots] = targets
 
     def _scale(self) -> Tensor | None:
         if not self.shape.scaled:

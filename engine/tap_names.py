@@ -36,7 +36,8 @@ def _ranges(numbers: list[int]) -> str:
     """1, 2, 3, 5 -> "1-3, 5"."""
     parts = []
     # consecutive numbers share their distance to a count
-    for _, group in itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
+    counted = enumerate(sorted(numbers))
+    for _, consecutive in itertools.groupby(counted, lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in consecutive]
         parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
     return ", ".join(parts)

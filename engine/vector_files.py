@@ -2,7 +2,7 @@
 
 A gguf control vector holds `direction.K`, one dim of float32, which llama.cpp adds to the output of
 block K counted from 0: our Tap(K, "resid_post"). repeng numbers its layers in the same way (its
-direction K is made from and added to what block K gives out), so nothing is shifted. llama.cpp has
+direction K is made from and added to the output of block K), so nothing is shifted. llama.cpp has
 no direction.0: it refuses a file that has one. repeng may write one; it is read, but never written.
 """
 
@@ -92,7 +92,7 @@ def _write_safetensors(fields: VectorFields, path: Path) -> None:
         "origin": _origin_text(fields.origin),
     }
     with replacing(path) as partial:
-        # not save_file, whose file nobody else may read
+        # not save_file, which makes the file readable for its owner only
         partial.write_bytes(save(tensors, metadata))
 
 

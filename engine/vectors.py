@@ -198,7 +198,7 @@ class SteeringVectors:
         return self._changed(method, lambda tap, v: v + sign * other.at(tap).double(), other)
 
     def random_like(self, seed: int) -> SteeringVectors:
-        """A control: random directions, each of the norm of the vector that it stands for.
+        """A control: random directions, each with the norm of the vector that it replaces.
 
         The same for the same seed and number of taps; the global generator is left alone.
         """

@@ -1,8 +1,8 @@
-"""Attention of a block over its own tokens, or over a cache; of a chunk without a mask.
+"""Attention of a block: among the tokens of a pass, or over a cache. Chunks need no mask.
 
 A chunk of T tokens ends at position S - 1, so token t sees positions up to S - T + t: the lower
-right triangle of [T, S], which flash and memory-efficient attention know by its name. As a mask it
-would grow with every chunk, and cuDNN, which PyTorch may prefer for masks, would plan each anew.
+right triangle of [T, S], for which flash and memory-efficient attention have a flag. A mask would
+grow with every chunk, and cuDNN, which PyTorch may prefer for masks, would plan for each anew.
 
 Legend: B requests, T new tokens, H query and K key/value heads of this rank, D head size, S
 positions attended to.
@@ -38,7 +38,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim, self.eps = config.head_dim, config.norm_eps
-        self.q_size, self.kv_size = spans["heads"].size, spans["kv_heads"].size
+        self.q_size, self.kv_size = spans["heads"].padded, spans["kv_heads"].padded
         self.qkv = ColumnLinear(
             config.d, self.q_size + 2 * self.kv_size, bias=config.qkv_bias, parallel=parallel
         )
@@ -55,7 +55,7 @@ class Attention(nn.Module):
 def queries_keys_values(
     attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, T, heads, D] each, normed and turned; differentiable."""
+    """[B, T, heads, D] each, q and k normed and rotated; differentiable."""
     parts = qkv.split((attn.q_size, attn.kv_size, attn.kv_size), dim=-1)
     q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
     if attn.q_norm is not None and attn.k_norm is not None:
@@ -64,7 +64,7 @@ def queries_keys_values(
 
 
 def causal_attention(rope: tuple[Tensor, Tensor]) -> AttendFn:
-    """Every token over those before it and itself; differentiable."""
+    """Every token attends to itself and to those before it; differentiable."""
 
     def attend(attn: Attention, layer: int, qkv: Tensor) -> Tensor:
         q, k, v = (part.transpose(1, 2) for part in queries_keys_values(attn, qkv, rope))
@@ -77,10 +77,10 @@ def causal_attention(rope: tuple[Tensor, Tensor]) -> AttendFn:
 def cached_attention(
     cache: KVCache, positions: Tensor, rope: tuple[Tensor, Tensor], start: int | None = None
 ) -> AttendFn:
-    """Tokens at absolute `positions` [B, T] over the cache, which they are written to first.
+    """Tokens at absolute `positions` [B, T] attend to the cache, which they are written to first.
 
     start: see `Transformer.forward`. With it a token sees the cache up to the lower right diagonal
-    of [T, S], which fused kernels know without a mask.
+    of [T, S], for which fused kernels need no mask.
     """
     n_tokens = positions.shape[1]
     span = (cache.longest if start is None else start) + n_tokens
@@ -91,7 +91,7 @@ def cached_attention(
     elif n_tokens > 1:
         index = torch.arange(span, device=positions.device)
         seen = index <= positions[..., None]  # [B, T, S]
-        # of every request the mask for each of its key/value heads
+        # each request's mask, once for each of its key/value heads
         visible = seen.repeat_interleave(cache.keys.shape[2], 0)[:, None]
 
     def attend(attn: Attention, layer: int, qkv: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def cached_attention(
 
 
 class LowerRight(CausalBias):
-    """PyTorch's bias of that name without its memory, [2, T, S] numbers that nothing reads."""
+    """PyTorch's bias of that name, without its tensor of [2, T, S] numbers that nothing reads."""
 
     def __new__(cls, *sizes: Any) -> LowerRight:
         return torch.Tensor._make_subclass(cls, torch.empty(0))
@@ -121,8 +121,8 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) 
     """Attention of q [B, T, H, D] to keys, values [B, K, S, D]: [B, T, H, D].
 
     visible: a LowerRight, or which positions are seen [B K, 1, T, S]. Each key/value head with its
-    queries is a batch of its own, [B K, H / K, T, D], in which it is shared and not repeated: fused
-    kernels that know no groups take it, too.
+    queries is an entry of the batch, [B K, H / K, T, D], in which it is shared and not repeated:
+    fused kernels without grouped-query attention run it, too.
     """
     batch, kv_heads = keys.shape[:2]
     grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)

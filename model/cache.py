@@ -13,7 +13,7 @@ class KVCache:
 
     keys, values: [L, batch, kv_heads_of_this_rank, capacity, head_dim]. Requests may hold
     different numbers of positions: `lengths` [batch] int64, in device memory, where a captured
-    decode step reads and moves it. The host keeps `longest`, a bound of them. Position t of a
+    decode step reads and advances it. The host keeps `longest`, an upper bound. Position t of a
     request lies at index t, and nothing attends to an index above its own position, so what a
     right-padded chunk, or an earlier request, left there is written again before it is reached.
     """
@@ -42,7 +42,7 @@ class KVCache:
         return self.lengths.shape[0]
 
     def slot(self, slot: int) -> KVCache:
-        """An empty cache of one request, in the memory of one of these."""
+        """An empty cache for one request, in the memory of one slot."""
         part = copy.copy(self)
         part.keys, part.values = (buffer[:, slot : slot + 1] for buffer in (self.keys, self.values))
         part.lengths = self.lengths[slot : slot + 1]

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from ..parallel.collectives import agreed
 from ..parallel.group import TensorParallel, default_device_type
-from .config import ModelConfig
+from .model_files import ModelFiles
 from .transformer import Transformer
 from .weights import load_weights
 
 
 def load_model(
-    directory: Path,
-    config: ModelConfig,
+    files: ModelFiles,
     *,
     parallel: TensorParallel,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Transformer:
-    """The model of a directory in Hugging Face layout, ready to run and without gradients.
+    """The model of some files, ready to run and without gradients.
 
     dtype: default the checkpoint's. device: default this rank's CUDA device where there is one.
     on_progress(done, total) counts parameters filled. If any rank fails, every rank raises:
     ValueError for whatever is wrong with the files.
     """
     with agreed(parallel):
+        config, weights = files.config, files.weights()
         model = Transformer(config, parallel=parallel, dtype=dtype or config.dtype, device="meta")
         model.to_empty(device=default_device() if device is None else torch.device(device))
-        load_weights(model, directory, on_progress=on_progress)
+        load_weights(model, weights, on_progress=on_progress)
     return model.eval().requires_grad_(False)
 
 

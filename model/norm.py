@@ -37,8 +37,8 @@ class RMSNorm(nn.Module):
     def edited(self, x: Tensor, edits: Sequence[Edits], residual: Tensor | None = None) -> Tensor:
         """x + residual with its edits, one after another; x itself where there is neither.
 
-        The norm's kernel edits what it reads, and the norm is left unused.
+        It runs the norm's kernel, which edits what it reads, and discards the norm.
         """
-        for one in edits:
-            x, residual = self.of_sum(x, residual, before=one)[1], None
+        for edit in edits:
+            x, residual = self.of_sum(x, residual, before=edit)[1], None
         return x if residual is None else x + residual

@@ -1,8 +1,7 @@
-"""From the name of a model to its files: a directory, a Hugging Face hub id, or "demo"."""
+"""From the name of a model to its files: a directory, a .gguf file, a hub id, a packaged name."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -10,91 +9,126 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..tokenizer.json_file import read_json
-from .config import ModelConfig, token_id_tuple
+from .config import ModelConfig
+from .model_files import ModelFiles
+from .packaged import PACKAGED, packaged_path
 
 if TYPE_CHECKING:
     from ..parallel.group import TensorParallel
 
 DEMO = Path(__file__).parent / "demo"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+# Of a hub repository's top folder, beside the weights.
+_SMALL_FILES = ["*.json", "*.model", "*.jinja", "merges.txt"]
+_BELOW = ["*/*"]
 
 
-def find_model(source: str | Path, parallel: TensorParallel) -> Path:
-    """The directory with the files of `source`; a hub id is downloaded once per machine.
+def find_model(
+    source: str | Path,
+    parallel: TensorParallel,
+    *,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+) -> ModelFiles:
+    """The files of `source`; a hub id is downloaded once per machine.
 
-    Raises ValueError, on every rank, for what is none of the three and for a failed download.
+    revision: a branch, tag or commit of a hub id. adapter: a folder on this machine with a LoRA
+    adapter of PEFT in safetensors. Raises ValueError, on every rank, for anything
+    else and for a failed download.
     """
     from ..parallel.collectives import agreed
 
-    local = _local(source)
-    if local is not None:
-        return local
-    # The first rank of every machine downloads; the others then find the files in its cache.
-    first = int(os.environ.get("LOCAL_RANK", parallel.rank)) == 0
     found = None
     with agreed(parallel):
-        found = _download(str(source)) if first else None
+        local, added = _local(source, revision), _adapter(adapter)
+        found = None if local is None else ModelFiles(local, added)
+    if found is not None:
+        return found
+    # The first rank of every machine downloads; the others then find the files in its cache.
+    first = int(os.environ.get("LOCAL_RANK", parallel.rank)) == 0
     with agreed(parallel):
-        found = found or _download(str(source))
+        path = _download(str(source), revision) if first else None
+    with agreed(parallel):
+        found = ModelFiles(path or _download(str(source), revision), added)
     return found
 
 
-def find_config(source: str | Path) -> Path:
-    """The config.json of `source`; of a hub id nothing else is fetched.
+def find_config(source: str | Path, *, revision: str | None = None) -> ModelConfig:
+    """The config of `source`; of a hub id nothing else is fetched.
 
-    A path to such a file stands for itself. Raises ValueError as `find_model` does.
+    source: as of `find_model`, or the path of a config.json. Raises ValueError as `find_model`
+    does.
     """
-    local = _local(source)
+    local, path = _local(source, revision), Path(source).expanduser()
     if local is not None:
-        return local / "config.json"
-    path = Path(source).expanduser()
+        return ModelFiles(local).config
     if path.is_file():
-        return path
+        return ModelConfig.from_hf(path)
     with _hub_errors(str(source)):
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(str(source), "config.json"))
+        file = hf_hub_download(str(source), "config.json", revision=revision)
+    return ModelConfig.from_hf(Path(file))
 
 
-def read_config(directory: Path) -> ModelConfig:
-    """config.json, with the stop tokens of generation_config.json where there is one."""
-    config = ModelConfig.from_hf(directory / "config.json")
-    generation = directory / "generation_config.json"
-    if not generation.exists():
-        return config
-    stop_ids = token_id_tuple(read_json(generation).get("eos_token_id"))
-    return dataclasses.replace(config, eos_token_ids=stop_ids or config.eos_token_ids)
+def _local(source: str | Path, revision: str | None) -> Path | None:
+    name = str(source)
+    packaged = DEMO if name == "demo" else packaged_path(name)
+    path = packaged or Path(source).expanduser()
+    is_local = path.is_dir() or (path.suffix == ".gguf" and path.exists())
+    if is_local and revision is not None:
+        raise ValueError(f"{source} is on this machine: a revision is of a hub id")
+    return path if is_local else None
 
 
-def _local(source: str | Path) -> Path | None:
-    if str(source) == "demo":
-        return DEMO
-    directory = Path(source).expanduser()
-    return directory if directory.is_dir() else None
+def _adapter(given: str | Path | None) -> Path | None:
+    path = None if given is None else Path(given).expanduser()
+    if path is not None and not path.is_dir():
+        raise ValueError(
+            f"adapter {given} is not a directory; give the one with adapter_config.json"
+        )
+    return path
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, revision: str | None) -> Path:
+    """The folder of a hub id's files: those beside the weights, then the weights of the index."""
     with _hub_errors(hub_id):
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        def fetch(patterns: list[str]) -> Path:
+            return Path(
+                snapshot_download(
+                    hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_BELOW
+                )
+            )
+
+        folder = fetch(_SMALL_FILES)
+        return fetch([*_SMALL_FILES, *_weight_files(folder)])
+
+
+def _weight_files(folder: Path) -> list[str]:
+    from .safetensors_files import INDEX, SINGLE, weight_files
+
+    index = folder / INDEX
+    return sorted(set(weight_files(index).values())) if index.exists() else [SINGLE]
 
 
 @contextmanager
 def _hub_errors(source: str) -> Iterator[None]:
     """For a block that fetches from the hub: whatever goes wrong there is a ValueError.
 
-    So is a `source` that cannot be a hub id, before anything is asked of the hub.
+    So is a `source` that cannot be a hub id, before the hub is asked.
     """
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) is None:
-        raise ValueError(f"{source} is not a directory, a hub id such as Qwen/Qwen3-4B, or demo")
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) is None or len(source) > 200:
+        raise ValueError(
+            f"{source[:200]} is not a directory, a .gguf file, a hub id such as Qwen/Qwen3-4B, "
+            f"demo or {' or '.join(PACKAGED)}"
+        )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{source} is no local directory and could not be fetched from the hub: {reason}"
+            f"{source} is not a local directory and could not be fetched from the hub: {reason}"
         ) from None

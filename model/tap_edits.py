@@ -17,7 +17,7 @@ class TapEdits:
         self._by_tap = by_tap or {}
 
     def at(self, tap: Tap) -> tuple[Edits, ...]:
-        """One per pass over the state, to be applied in this order."""
+        """The edits at a tap, one per pass over the state, to be applied in this order."""
         return self._by_tap.get(tap, ())
 
 

@@ -1,4 +1,4 @@
-"""How a forward pass lets its states be read: it offers them to a `TapSink` on the way."""
+"""How a forward pass lets its states be read: it hands them to a `TapSink` on the way."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .points import Tap
 
 
 class TapSink:
-    """What a forward pass offers its states to. This one takes nothing.
+    """The receiver of a forward pass's states. This one keeps none.
 
     The pass asks `into` for memory before it forms a state, so that a kernel can write it there
-    at once, and offers the state to `read` afterwards. Taps are canonical: see `Tap.canonical`.
+    directly, and hands the state to `read` afterwards. Taps are canonical: see `Tap.canonical`.
     """
 
     def into(self, tap: Tap) -> Tensor | None:
@@ -67,7 +67,7 @@ class TapBuffer(TapSink):
 
 
 def columns_of(taps: Sequence[Tap]) -> dict[Tap, list[int]]:
-    """Where the taps of each state lie in a buffer: two taps may name one state."""
+    """The columns of a buffer that hold each state: two taps may name the same state."""
     columns: dict[Tap, list[int]] = {}
     for index, tap in enumerate(taps):
         columns.setdefault(tap.canonical, []).append(index)

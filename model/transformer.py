@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels.rope import rope_angles_reference
 from ..kernels.swiglu import swiglu
 from ..parallel.group import TensorParallel
 from ..parallel.linear import ColumnLinear, RowLinear
@@ -23,7 +22,7 @@ from .cache import KVCache
 from .config import ModelConfig
 from .norm import RMSNorm
 from .points import Tap
-from .rope import inverse_frequencies
+from .rope import Rope
 from .sharding import rank_spans
 from .tap_edits import NO_EDITS, EditFn, TapEdits
 from .tap_sink import NO_TAPS, TapSink
@@ -31,7 +30,7 @@ from .tap_sink import NO_TAPS, TapSink
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What a pass does beside the blocks' own arithmetic, the same for all of them."""
+    """The parts of a pass beside the blocks' arithmetic, the same for all blocks."""
 
     attend: AttendFn
     sink: TapSink = NO_TAPS
@@ -105,7 +104,7 @@ def _normed(
 
 
 def _written(norm: RMSNorm, x: Tensor, tap: Tap, run: ForwardPass) -> Tensor:
-    """What a half of a block adds to the residual, edited and tapped."""
+    """The output of attention or MLP that is added to the residual, edited and tapped."""
     x = norm.edited(x, run.edits.at(tap))
     run.sink.read(tap, x)
     return x
@@ -140,14 +139,14 @@ class Transformer(nn.Module):
             self.head = VocabHead(vocab, config.d, parallel=parallel)
         self.to(dtype)
         self._tie_head()
-        self._inv_freq = inverse_frequencies(config)
+        self._rope = Rope(config)
 
     def _tie_head(self) -> None:
         if self.config.tied_head:
             self.head.weight = self.embed.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
-        # to_empty, which turns meta tensors into real ones, would give the head its own copy
+        # to_empty, which turns meta tensors into real ones, would give the head a copy
         super()._apply(fn, recurse)
         self._tie_head()
         return self
@@ -162,7 +161,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for this rank's heads."""
-        kv_heads = self.spans["kv_heads"].size // self.config.head_dim
+        kv_heads = self.spans["kv_heads"].padded // self.config.head_dim
         return KVCache(
             self.config.n_layers,
             batch,
@@ -180,6 +179,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         counts: Tensor | None = None,
         start: int | None = None,
+        n_tokens: int | None = None,
         sink: TapSink = NO_TAPS,
         edits: EditFn | None = None,
     ) -> Tensor:
@@ -189,31 +189,32 @@ class Transformer(nn.Module):
         counts [B] int64: how many of the T tokens of each request are real (default all); the
         rest is right padding whose output means nothing. start: the position of the first token of
         every request that has real ones, where it is the same for all: attention then needs no
-        mask of its own for each request. sink is offered the states on the way; edits, given
-        absolute positions [B, T], returns what changes them. Returns [B, T, d]. Differentiable
-        without a cache. Raises ValueError where the cache is too small.
+        mask per request. n_tokens: how many tokens a text has that is read in chunks, default T.
+        sink is handed the states on the way; edits, given absolute positions
+        [B, T], returns what changes them. Returns [B, T, d]. Differentiable without a cache. Raises
+        ValueError where the cache is too small.
         """
-        n_tokens = token_ids.shape[1]
+        n_new = token_ids.shape[1]
+        n_tokens = n_new if n_tokens is None else n_tokens
         if cache is None:
-            positions = torch.arange(n_tokens, device=token_ids.device)[None]
-            attend = causal_attention(self.rope(positions))
+            positions = torch.arange(n_new, device=token_ids.device)[None]
+            attend = causal_attention(self.rope(positions, n_tokens))
         else:
-            positions = cache.next_positions(n_tokens)
-            attend = cached_attention(cache, positions, self.rope(positions), start)
+            positions = cache.next_positions(n_new)
+            attend = cached_attention(cache, positions, self.rope(positions, n_tokens), start)
         tap_edits = NO_EDITS if edits is None else edits(positions.expand_as(token_ids))
         x = self.through_blocks(token_ids, ForwardPass(attend, sink, tap_edits))
         if cache is not None:
-            longest = min(cache.capacity, cache.longest + n_tokens)
-            cache.advance(n_tokens if counts is None else counts, longest)
+            longest = min(cache.capacity, cache.longest + n_new)
+            cache.advance(n_new if counts is None else counts, longest)
         return x
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of absolute positions [B, T], as attention takes them."""
-        self._inv_freq = self._inv_freq.to(positions.device)
-        return rope_angles_reference(positions, self._inv_freq, self.dtype)
+    def rope(self, positions: Tensor, n_tokens: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of absolute positions [B, T] of a text of n_tokens read at once."""
+        return self._rope(positions, self.dtype, n_tokens=n_tokens)
 
     def through_blocks(self, token_ids: Tensor, run: ForwardPass) -> Tensor:
-        """`forward` with whatever attention: token_ids [B, T] -> [B, T, d]."""
+        """`forward` with any attention: token_ids [B, T] -> [B, T, d]."""
         x: Tensor = self.embed(token_ids)
         delta: Tensor | None = None
         for layer, block in enumerate(self.blocks):

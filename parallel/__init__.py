@@ -1,64 +1,29 @@
 """Ranks, collectives that count their bytes, sharded layers, head and loss."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from ..kernels.lazy_imports import lazy_package
 
-__all__ = [
-    "ColumnLinear",
-    "HeadResult",
-    "RowLinear",
-    "SampleResult",
-    "Span",
-    "TensorParallel",
-    "Traffic",
-    "VocabEmbedding",
-    "VocabHead",
-    "agreed",
-    "all_gather",
-    "all_reduce",
-    "copy_to_ranks",
-    "reduce_from_ranks",
-    "reduce_head",
-    "split_even",
-    "split_heads",
-    "split_kv_heads",
-    "split_vocab",
-    "token_logits",
-    "vocab_parallel_cross_entropy",
-]
-
 if TYPE_CHECKING:
-    from .collectives import agreed, all_gather, all_reduce, copy_to_ranks, reduce_from_ranks
-    from .group import TensorParallel, Traffic
-    from .head_reduce import HeadResult, SampleResult, reduce_head, token_logits
-    from .linear import ColumnLinear, RowLinear
-    from .loss import vocab_parallel_cross_entropy
-    from .spans import Span, split_even, split_heads, split_kv_heads, split_vocab
-    from .vocab import VocabEmbedding, VocabHead
-else:
-    _HOMES = {
-        "ColumnLinear": ".linear",
-        "HeadResult": ".head_reduce",
-        "RowLinear": ".linear",
-        "SampleResult": ".head_reduce",
-        "Span": ".spans",
-        "TensorParallel": ".group",
-        "Traffic": ".group",
-        "VocabEmbedding": ".vocab",
-        "VocabHead": ".vocab",
-        "agreed": ".collectives",
-        "all_gather": ".collectives",
-        "all_reduce": ".collectives",
-        "copy_to_ranks": ".collectives",
-        "reduce_from_ranks": ".collectives",
-        "reduce_head": ".head_reduce",
-        "split_even": ".spans",
-        "split_heads": ".spans",
-        "split_kv_heads": ".spans",
-        "split_vocab": ".spans",
-        "token_logits": ".head_reduce",
-        "vocab_parallel_cross_entropy": ".loss",
-    }
-    sys.modules[__name__].__class__ = lazy_package(_HOMES)
+    from .collectives import agreed as agreed
+    from .collectives import all_gather as all_gather
+    from .collectives import all_reduce as all_reduce
+    from .collectives import copy_to_ranks as copy_to_ranks
+    from .collectives import reduce_from_ranks as reduce_from_ranks
+    from .group import TensorParallel as TensorParallel
+    from .group import Traffic as Traffic
+    from .head_reduce import HeadResult as HeadResult
+    from .head_reduce import SampleResult as SampleResult
+    from .head_reduce import reduce_head as reduce_head
+    from .head_reduce import token_logits as token_logits
+    from .linear import ColumnLinear as ColumnLinear
+    from .linear import RowLinear as RowLinear
+    from .loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
+    from .spans import Span as Span
+    from .spans import split_even as split_even
+    from .spans import split_heads as split_heads
+    from .spans import split_vocab as split_vocab
+    from .vocab import VocabEmbedding as VocabEmbedding
+    from .vocab import VocabHead as VocabHead
+
+lazy_package(__name__)

@@ -74,7 +74,7 @@ class _ReduceFromRanks(torch.autograd.Function):
 
 
 def copy_to_ranks(x: Tensor, parallel: TensorParallel) -> Tensor:
-    """Identity whose gradient is summed over ranks: stands before a column-parallel product."""
+    """Identity whose gradient is summed over ranks: goes before a column-parallel product."""
     if parallel.size == 1 or not torch.is_grad_enabled():
         return x
     out: Tensor = _CopyToRanks.apply(x, parallel)
@@ -82,7 +82,7 @@ def copy_to_ranks(x: Tensor, parallel: TensorParallel) -> Tensor:
 
 
 def reduce_from_ranks(x: Tensor, parallel: TensorParallel) -> Tensor:
-    """Sum over ranks whose gradient passes unchanged: stands after a row-parallel product."""
+    """Sum over ranks whose gradient passes unchanged: goes after a row-parallel product."""
     if parallel.size == 1 or not torch.is_grad_enabled():
         return all_reduce(x, parallel)
     out: Tensor = _ReduceFromRanks.apply(x, parallel)

@@ -91,7 +91,7 @@ class TensorParallel:
     def from_env(cls, device: str | torch.device | None = None) -> TensorParallel:
         """The ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or a single process.
 
-        Initialises torch.distributed if nobody has: NCCL for CUDA devices, gloo for the CPU.
+        Initialises torch.distributed unless it is: NCCL for CUDA devices, gloo for the CPU.
         `device` defaults to CUDA where there is one.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:

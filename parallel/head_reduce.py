@@ -72,7 +72,7 @@ def reduce_head(
 ) -> HeadResult:
     """Statistics of the head's logits for normed rows x [R, d], the same on every rank.
 
-    target_ids [R] int64; one outside the vocabulary, such as -1, is none. rows_per_request: KL is
+    target_ids [R] int64; an id outside the vocabulary, such as -1, is none. rows_per_request: KL is
     taken from the last row of each request of this many rows. scale, noise: see `head_stats`.
     Nothing waits for results on the host. Raises ValueError where k exceeds the vocabulary.
     """
@@ -116,19 +116,19 @@ def mass_above(
 
 @torch.no_grad()
 def token_logits(x: Tensor, head: VocabHead, token_ids: Tensor) -> Tensor:
-    """Logits [R, n] float32 of n ids alone, the same on every rank: n products a row, not V.
+    """Logits [R, n] float32 of n ids alone, the same on every rank: n products per row, not V.
 
     x [R, d] normed rows; token_ids [n] int64 inside the vocabulary.
     """
     local = token_ids - head.vocab.start
     is_mine = (local >= 0) & (local < head.vocab.size)
-    # of another rank's ids any row will do; a rank without ids still has padding
+    # any row will do for another rank's ids; a rank without ids still has padding rows
     weight = head.weight[local.where(is_mine, 0)].float()
     return all_reduce((x.float() @ weight.T).where(is_mine, 0), head.parallel)
 
 
 def _target(x: Tensor, head: VocabHead, target_ids: Tensor, scale: Tensor | None, k: int) -> Target:
-    # one outside the vocabulary counts as none: to refuse it, the host would have to wait
+    # an id outside the vocabulary is no target: to refuse it, the host would have to wait
     target_ids = target_ids.where(target_ids < head.vocab.full, -1)
     local = target_logits(x, head.valid_weight, target_ids, first_id=head.vocab.start, k=k)
     logits, slack = all_reduce(local, head.parallel).unbind(-1)
@@ -214,9 +214,9 @@ def _merge_rows(
 
 
 def _best(values: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The n best of all slices [p, R, n], and what the others hold there: [R, n] each.
+    """The n best of all slices [p, R, n], and the others' entries there: [R, n] each.
 
-    Slices stand in the order of ids, so a stable sort leaves ties in that order.
+    Slices come in the order of ids, so a stable sort leaves ties in that order.
     """
     n = values.shape[-1]
     first, *rest = (x.movedim(0, 1).flatten(1) for x in (values, *others))  # [R, p * n]
@@ -225,7 +225,7 @@ def _best(values: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 def _target_logprob(slices: RowStats, target: Target | None, logsumexp: Tensor) -> Tensor:
-    """From the streamed logit, so that a target in the top-k has the log-prob that stands there."""
+    """From the streamed logit, so that a target in the top-k has the log-prob given there."""
     if target is None:
         return torch.full_like(logsumexp, torch.nan).float()
     logprob = (slices.target_logit.double().sum(0) - logsumexp).float()
@@ -235,7 +235,7 @@ def _target_logprob(slices: RowStats, target: Target | None, logsumexp: Tensor) 
 def _target_rank(slices: RowStats, target: Target | None, token_ids: Tensor) -> Tensor:
     """How many ids beat the target, or its position in the top-k where it is one of them.
 
-    The target's logit is a product of its own and may differ from the streamed one by rounding;
+    The target's logit is a separate product and may differ from the streamed one by rounding;
     reading the position off the top-k keeps rank and top-k in agreement.
     """
     if target is None:

@@ -3,7 +3,7 @@
     z = h · Wᵀ,  m_i = max_v z_iv,  s_i = Σ_v exp(z_iv - m_i)          h [R, d], W [V, d]
     loss_i = m_i + log s_i - z_it                                      t: target
     dz_iv  = g_i · (exp(z_iv - m_i) / s_i - [v = t])                   g: gradient to the losses
-    dh = Σ_r dz_r · W_r,  dW_r = dz_rᵀ · h                             r: ranks, with ids each
+    dh = Σ_r dz_r · W_r,  dW_r = dz_rᵀ · h                             r: ranks, each with its ids
 
 Forward, each rank forms its logits a chunk at a time and keeps three numbers per row: maximum, sum
 and the target's logit. These are what Shoeybi et al. (arXiv 1909.08053) reduce over ranks; here
@@ -43,12 +43,12 @@ def vocab_parallel_cross_entropy(
     NaN where no row counts. Returns a scalar, or [...] for "none", in float32 (float64 for float64
     states): logits are float32 whatever the dtypes of states and weight, also under autocast.
     Differentiable once, to hidden (summed over ranks) and to the head's weight (this rank's rows).
-    chunk_rows: at most so many rows are decoded at once, by as many ids as 8 MiB of logits allow.
+    chunk_rows: the most rows that are decoded at once, by as many ids as 8 MiB of logits allow.
 
     Raises ValueError for shapes that do not fit, an unknown reduction, and for CPU tensors where a
     target is neither in the vocabulary nor `ignore_index`. On a GPU and under torch.compile, which
-    takes it as part of its graph, nobody looks at the targets: the loss of such a row is NaN, and
-    so are the gradients.
+    takes it as part of its graph, targets are not checked: the loss of such a row is NaN, and so
+    are the gradients.
     """
     _check(hidden, head, targets, reduction, chunk_rows)
     flat = targets.flatten()
@@ -156,7 +156,7 @@ def _local_statistics(
             logits = _product(hidden[rows], weight[ids].T)
             column, is_here = _columns(local_ids[rows] - ids.start, logits.shape[1])
             target_logit[rows] += logits.gather(1, column).where(is_here, 0)[:, 0]
-            # Not below the least number: from a maximum of -inf nothing can be subtracted.
+            # Never below the lowest finite number: subtracting a maximum of -inf would give NaN.
             top = torch.maximum(tops[index, rows], logits.amax(1))
             tops[index, rows] = top
             sums[index, rows] = logits.sub_(top[:, None]).exp_().sum(1)
@@ -181,8 +181,9 @@ def _to_gradient(
 
 
 def _chunks(hidden: Tensor, n_ids: int, chunk_rows: int) -> tuple[list[slice], list[slice]]:
-    """Slices of the rows and of the ids. A pair makes at most CHUNK_NUMBERS logits, and a slice of
-    the ids has at most as many weights.
+    """Slices of the rows and of the ids.
+
+    A pair of them makes at most CHUNK_NUMBERS logits; a slice of ids has at most as many weights.
     """
     n_rows, d = hidden.shape
     return _slices(n_rows, chunk_rows), _slices(

@@ -1,4 +1,4 @@
-"""Fields of rows in one buffer, so that one exchange or one copy takes them all.
+"""Fields of rows in one buffer, so that one exchange or one copy moves them all.
 
 A layout names the fields of a row, each one number or a list of numbers per row. Packed rows are
 int32 [R, width]: float32 as its bits, int64, which must fit, as int32. Nothing is rounded.

@@ -35,9 +35,9 @@ class VocabEmbedding(nn.Module):
 class VocabHead(nn.Module):
     """This rank's rows of the unembedding W_U: normed states [..., d] -> logits [..., n].
 
-    n = stop - start: logits of ids [start, stop) alone, which stay on this rank. Neither lens,
-    sampling nor loss calls for them: `reduce_head` and `vocab_parallel_cross_entropy` stream over
-    the weight, and never hold a row's logits whole.
+    n = stop - start: logits of ids [start, stop) alone, which stay on this rank. Lens, sampling and
+    loss do without them: `reduce_head` and `vocab_parallel_cross_entropy` stream over the weight,
+    and never hold a row's logits whole.
     """
 
     def __init__(self, vocab: Span, d: int, *, parallel: TensorParallel) -> None:

@@ -52,6 +52,60 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
     ),
+    "llama-yarn": (
+        "Llama",
+        dict(
+            rope_parameters=dict(
+                rope_type="yarn",
+                factor=4.0,
+                original_max_position_embeddings=16,
+                rope_theta=100.0,
+            ),
+            head_dim=16,
+        ),
+    ),
+    "qwen3-yarn-mscale": (
+        "Qwen3",
+        dict(
+            rope_parameters=dict(
+                rope_type="yarn",
+                factor=8.0,
+                original_max_position_embeddings=16,
+                rope_theta=1e4,
+                beta_fast=4.0,
+                beta_slow=0.5,
+                mscale=2.0,
+                mscale_all_dim=0.5,
+                truncate=False,
+            ),
+            head_dim=20,
+        ),
+    ),
+    "mistral": ("Mistral", dict(sliding_window=None, head_dim=20)),
+    # heads that no rank count below divides
+    "llama-9-heads": (
+        "Llama",
+        dict(
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            hidden_size=54,
+            head_dim=16,
+            attention_bias=True,
+        ),
+    ),
+    "qwen2-14-heads": (
+        "Qwen2",
+        dict(num_attention_heads=14, num_key_value_heads=2, hidden_size=56, vocab_size=511),
+    ),
+    "qwen3-15-heads": (
+        "Qwen3",
+        dict(num_attention_heads=15, num_key_value_heads=5, head_dim=12, hidden_size=60),
+    ),
+    # on 3 ranks one holds a kv head twice
+    "qwen3-16-heads": (
+        "Qwen3",
+        dict(num_attention_heads=16, num_key_value_heads=4, head_dim=12, hidden_size=60),
+    ),
     "llama-mqa": ("Llama", dict(num_key_value_heads=1)),
     "qwen2": ("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "qwen2-tied": ("Qwen2", dict(tie_word_embeddings=True)),

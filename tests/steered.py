@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from shardlens.engine import Steering, SteeringVectors
-from shardlens.engine.edit_table import EditTable, TableShape
-from shardlens.model import Transformer, load_weights
-from shardlens.model.points import Tap
-from shardlens.model.source import read_config
-from shardlens.model.tap_edits import EditFn
-from shardlens.parallel.group import TensorParallel
+from shardlens.engine.edit_table import EditTable, RequestEdits, TableShape
+from shardlens.model import EditFn, Tap, Transformer, load_weights, read_config
+from shardlens.parallel import TensorParallel
 
 IDS = torch.randint(3, 509, (19,), generator=torch.Generator().manual_seed(7)).tolist()
 N_PROMPT = 11
@@ -123,13 +120,14 @@ def edits_of(
     model: Transformer, steering: Sequence[Steering], prompt_length: int, capacity: int
 ) -> EditFn | None:
     """The edits of one request, as a forward pass takes them."""
-    shape = TableShape.of([(steering, prompt_length)], capacity, model.config)
+    edits = RequestEdits(steering, prompt_length, capacity, model.config.n_layers)
+    shape = TableShape.of([edits])
     if shape is None:
         return None
     table = EditTable(
         model.config, shape, 1, capacity, dtype=model.dtype, device=model.device, every_site=False
     )
-    table.put(0, steering, prompt_length)
+    table.put(0, edits)
     return table.at
 
 
@@ -171,7 +169,9 @@ def edit_table(
     requests: Sequence[tuple[Sequence[Steering], int]], capacity: int, model: Transformer
 ) -> EditTable:
     """The edits of requests, each with its prompt's length, one per slot."""
-    shape = TableShape.of(requests, capacity, model.config)
+    n_layers = model.config.n_layers
+    edits = [RequestEdits(*request, capacity, n_layers) for request in requests]
+    shape = TableShape.of(edits)
     assert shape is not None
     table = EditTable(
         model.config,
@@ -182,6 +182,6 @@ def edit_table(
         device=model.device,
         every_site=False,
     )
-    for slot, (steerings, prompt_length) in enumerate(requests):
-        table.put(slot, steerings, prompt_length)
+    for slot, request in enumerate(edits):
+        table.put(slot, request)
     return table

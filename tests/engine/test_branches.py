@@ -12,12 +12,10 @@ from steered import edit_table, load
 from tolerances import EFFECT, PASSES
 from torch import Tensor
 
-from shardlens.engine.branches import run_branches, shared_prefix
-from shardlens.kernels.edits import Edits
-from shardlens.model.points import POINTS, Tap
-from shardlens.model.tap_edits import TapEdits
-from shardlens.model.tap_sink import RowTaps
-from shardlens.parallel.group import TensorParallel
+from shardlens.engine import Steering, run_branches, shared_prefix
+from shardlens.kernels import Edits
+from shardlens.model import POINTS, RowTaps, Tap, TapEdits
+from shardlens.parallel import TensorParallel
 
 
 def texts(n_shared: int, m: int, t: int) -> tuple[list[int], Tensor]:
@@ -33,12 +31,12 @@ def test_as_whole_passes(family: str, n_shared: int, m: int, t: int, tmp_path: P
     torch.manual_seed(0)
     hf = hf_model(family)
     model = load(save(hf, tmp_path), TensorParallel.single())
-    shared, own = texts(n_shared, m, t)
+    shared, branches = texts(n_shared, m, t)
     cache = shared_prefix(model, shared)
     before = cache.keys.clone()
     with torch.no_grad():
-        hidden = run_branches(model, cache, own)
-        whole = torch.cat((torch.tensor([shared] * m, dtype=torch.int64).view(m, -1), own), 1)
+        hidden = run_branches(model, cache, branches)
+        whole = torch.cat((torch.tensor([shared] * m, dtype=torch.int64).view(m, -1), branches), 1)
         expected = hf.double()(whole).logits[:, n_shared:].log_softmax(-1)
         logits = model.norm(hidden) @ model.head.weight.T
     error = (logits.double().log_softmax(-1) - expected).abs().max()
@@ -46,27 +44,25 @@ def test_as_whole_passes(family: str, n_shared: int, m: int, t: int, tmp_path: P
     assert torch.equal(cache.keys, before) and cache.longest == n_shared
     if n_shared + t > 1:  # a branch that does not see the text, or sees another branch
         with torch.no_grad():
-            alone = hf(own if n_shared else own.flatten()[None]).logits
+            alone = hf(branches if n_shared else branches.flatten()[None]).logits
         away = alone.log_softmax(-1).view(m, t, -1) - expected
         assert away.abs().max() > EFFECT * PASSES
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_edits_and_taps_of_rows(size: int, tmp_path: Path, run_ranks: RunRanks) -> None:
-    """Each branch has its own edit; states at all places as in whole passes with an edit table."""
-    from shardlens.engine.steering import Steering
-
+    """Each branch with another edit; states at all taps as in whole passes with an edit table."""
     torch.manual_seed(0)
     directory = save(hf_model("qwen3", num_key_value_heads=4), tmp_path)
-    shared, own = texts(7, 4, 2)
+    shared, branches = texts(7, 4, 2)
     vectors = torch.randn(4, 48, generator=torch.Generator().manual_seed(5))
-    places = [Tap(0, "mlp_norm"), Tap(1, "resid_post"), Tap(2, "attn_out"), Tap(1, "resid_pre")]
+    edited = [Tap(0, "mlp_norm"), Tap(1, "resid_post"), Tap(2, "attn_out"), Tap(1, "resid_pre")]
     taps = [Tap(layer, point) for layer in range(3) for point in POINTS]
 
     def body(parallel: TensorParallel) -> tuple[Tensor, Tensor, Tensor]:
         model = load(directory, parallel)
         edits = {}
-        for number, tap in enumerate(places):
+        for number, tap in enumerate(edited):
             index = torch.full((4, 2), -1)
             index[number] = number
             tap_edits = Edits(
@@ -74,11 +70,13 @@ def test_edits_and_taps_of_rows(size: int, tmp_path: Path, run_ranks: RunRanks) 
             )
             edits[tap.canonical] = (tap_edits,)
         capture = RowTaps(taps, torch.arange(8), 48, dtype=model.dtype)
-        run_branches(model, shared_prefix(model, shared), own, sink=capture, edits=TapEdits(edits))
+        run_branches(
+            model, shared_prefix(model, shared), branches, sink=capture, edits=TapEdits(edits)
+        )
         states = capture.states.unflatten(0, (4, 2))
         whole, plain = [], []
-        for number, tap in enumerate(places):
-            ids = torch.tensor([[*shared, *own[number].tolist()]])
+        for number, tap in enumerate(edited):
+            ids = torch.tensor([[*shared, *branches[number].tolist()]])
             steering = Steering(vectors[number], [tap.layer], tap.point, scale=1.5, positions=7)
             table = edit_table([([steering], 9)], 9, model).at
             for found, given in ((whole, table), (plain, None)):

@@ -17,12 +17,11 @@ from oracles import SMALL
 from running import requests_of
 
 import shardlens
+from shardlens.engine import Engine, Sampling, Steering
 from shardlens.engine import cuda_graph as graphs
 from shardlens.engine import runner as runner_module
-from shardlens.engine.engine import Engine, StepCache
+from shardlens.engine.engine import StepCache
 from shardlens.engine.runner import StepRunner
-from shardlens.engine.sampling import Sampling
-from shardlens.engine.steering import Steering
 from shardlens.engine.step import DecodeStep, StepShape
 from shardlens.model import ModelConfig, Transformer, init_weights
 
@@ -100,7 +99,7 @@ class PretendedCuda:
         self.log.append("clear")
 
     def fail(self) -> None:
-        """What an operation does that may not be captured."""
+        """Raise as an operation does that may not be captured."""
         if self.capturing:
             self.is_broken = True
             raise RuntimeError(f"{WHY}\nCompile with `TORCH_USE_CUDA_DSA`")
@@ -264,11 +263,11 @@ def test_a_failed_capture_leaves_an_eager_run_and_one_warning(
     assert not cuda.open_pools and "release 1" in cuda.log and not cuda.generator.is_stuck
     assert cuda.log.index("release 1") < len(cuda.log) - 1 - cuda.log[::-1].index("clear")
     for tries in results:
-        for one, other in zip(tries, eager, strict=True):
-            assert one.token_ids == other.token_ids
-            assert one.trace is not None and other.trace is not None
+        for tried, other in zip(tries, eager, strict=True):
+            assert tried.token_ids == other.token_ids
+            assert tried.trace is not None and other.trace is not None
             for name in ("positions", "targets", "token_ids", "logprobs", "entropy", "target_rank"):
-                assert torch.equal(getattr(one.trace, name), getattr(other.trace, name)), name
+                assert torch.equal(getattr(tried.trace, name), getattr(other.trace, name)), name
 
 
 @torch.inference_mode()
@@ -291,7 +290,7 @@ def test_an_error_of_the_step_itself_is_raised(
 def test_a_capture_that_ended_is_not_closed_twice(
     model: Transformer, cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fails is no CUDA operation, so that the capture ends as it should."""
+    """The operation that fails is not CUDA's, so that the capture ends as it should."""
 
     def failing(self: DecodeStep) -> None:
         if cuda.capturing:

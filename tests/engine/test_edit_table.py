@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,11 @@ from tolerances import EFFECT, PASSES
 from torch import Tensor
 
 import shardlens
-from shardlens.engine.edit_table import EditTable, TableShape
-from shardlens.engine.steering import Steering
-from shardlens.kernels.edits import MODES
-from shardlens.model import ModelConfig, Transformer
-from shardlens.model.points import POINTS, Tap
-from shardlens.model.tap_sink import RowTaps, TapBuffer
-from shardlens.parallel.group import TensorParallel
+from shardlens.engine import Steering
+from shardlens.engine.edit_table import EditTable, RequestEdits, TableShape
+from shardlens.kernels import MODES
+from shardlens.model import POINTS, ModelConfig, RowTaps, Tap, TapBuffer, Transformer
+from shardlens.parallel import TensorParallel
 
 CONFIG = ModelConfig.from_hf({**SMALL, "architectures": ["LlamaForCausalLM"]})
 V = direction(1)
@@ -51,10 +50,14 @@ def model(case: tuple[Any, Path]) -> Transformer:
     return load(case[1], TensorParallel.single())
 
 
-def shape_of(*own: Steering, capacity: int = 19) -> TableShape:
-    shape = TableShape.of([(own, N_PROMPT)], capacity, CONFIG)
+def shape_of(*steerings: Steering, capacity: int = 19) -> TableShape:
+    shape = TableShape.of([RequestEdits(steerings, N_PROMPT, capacity, CONFIG.n_layers)])
     assert shape is not None
     return shape
+
+
+def edits_of_prompts(*requests: tuple[Sequence[Steering], int]) -> list[RequestEdits]:
+    return [RequestEdits(*request, 19, CONFIG.n_layers) for request in requests]
 
 
 def at(positions: Any, point: str = "mlp_norm", layers: Any = "all") -> Steering:
@@ -62,7 +65,7 @@ def at(positions: Any, point: str = "mlp_norm", layers: Any = "all") -> Steering
 
 
 @pytest.mark.parametrize(
-    "edits, levels",
+    "edits, n_passes",
     [
         ([at("all")], {"mlp_norm": 1}),
         ([at("prompt"), at("generated")], {"mlp_norm": 1}),
@@ -78,23 +81,23 @@ def at(positions: Any, point: str = "mlp_norm", layers: Any = "all") -> Steering
         ([at(5), at((30,))], {"mlp_norm": 1}),  # where the table's capacity does not reach
     ],
 )
-def test_levels_only_where_edits_meet(edits: list[Steering], levels: dict[str, int]) -> None:
+def test_passes_only_where_edits_meet(edits: list[Steering], n_passes: dict[str, int]) -> None:
     shape = shape_of(*edits)
-    assert dict(zip(shape.points, shape.n_passes, strict=True)) == levels
+    assert dict(zip(shape.points, shape.n_passes, strict=True)) == n_passes
 
 
 def test_requests_do_not_meet() -> None:
-    shape = TableShape.of([([at("all")], 4), ([], 2), ([at("all")], 9)], 19, CONFIG)
+    shape = TableShape.of(edits_of_prompts(([at("all")], 4), ([], 2), ([at("all")], 9)))
     assert shape is not None and shape.n_passes == (1,)
-    assert TableShape.of([([], 4), ([], 2)], 19, CONFIG) is None
+    assert TableShape.of(edits_of_prompts(([], 4), ([], 2))) is None
 
 
 def test_rows_of_vectors_are_shared() -> None:
     """One for each vector and mode, whatever the scales, positions and requests."""
     vectors = vectors_at(*((layer, "mlp_norm") for layer in range(3)))
 
-    def n_vectors(*own: Steering) -> int:
-        shape = TableShape.of([(own, 4)] * 10, 19, CONFIG)
+    def n_vectors(*steerings: Steering) -> int:
+        shape = TableShape.of(edits_of_prompts((steerings, 4)) * 10)
         assert shape is not None
         return shape.n_vectors
 
@@ -127,14 +130,15 @@ def hidden(model: Transformer, edits: EditTable | None, n_requests: int) -> Tens
 
 
 def test_refilled_tables_forget_what_was(model: Transformer) -> None:
-    """One of three levels, filled with less, for fewer requests, and for none."""
+    """A table of three passes, filled with less, for fewer requests, and for none."""
     deep = [Steering(direction(n), mode=MODES[n], scale=2.0) for n in range(3)]
     other = [Steering(direction(7), [1], positions=5, scale=2.0)]
-    own = table(model, [deep, deep], [N_PROMPT, 4])
+    edits = table(model, [deep, deep], [N_PROMPT, 4])
     for steerings in ([other, []], [[], []], [[], deep[1:]], [deep, deep]):
         for slot, steering in enumerate(steerings):
-            own.put(slot, steering, [N_PROMPT, 4][slot])
-        found = hidden(model, own, 2)
+            n_prompt = [N_PROMPT, 4][slot]
+            edits.put(slot, RequestEdits(steering, n_prompt, len(IDS), CONFIG.n_layers))
+        found = hidden(model, edits, 2)
         for request, steering in enumerate(steerings):
             alone = table(model, [steering], [[N_PROMPT, 4][request]]) if steering else None
             assert miss(found[request], hidden(model, alone, 1)[0]) <= PASSES
@@ -196,9 +200,9 @@ def test_a_batch_is_each_alone(model: Transformer, requests: list[int]) -> None:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_taps_see_the_edited_states(model: Transformer, point: str) -> None:
-    """All edits of a place, in whole passes and where a decode step has memory for the state."""
+    """All edits at a tap, in whole passes and where a decode step has memory for the state."""
     tap, last = Tap(1, point), len(IDS) - 1
-    own = [
+    steerings = [
         Steering(direction(n), [1], point, mode, SCALE[mode])
         for n, mode in enumerate(("add", "clamp", "add_keep_norm"))
     ]
@@ -217,10 +221,10 @@ def test_taps_see_the_edited_states(model: Transformer, point: str) -> None:
 
     bare, _ = states(None)
     stages = [bare.double()]  # after so many of the edits
-    for steering in own:
+    for steering in steerings:
         assert isinstance(steering.vector, Tensor)
         stages.append(edited(stages[-1], steering.vector.double(), steering.mode, steering.scale))
-    whole, decoded = states(table(model, [own], [N_PROMPT]))
+    whole, decoded = states(table(model, [steerings], [N_PROMPT]))
     expected = stages.pop()
     scale = float(expected.abs().max())
     assert miss(whole, expected) <= PASSES * scale
@@ -253,8 +257,8 @@ def test_label_is_the_position_after_each_prompt(model: Transformer) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_vector_for_each_place(case: tuple[Any, Path], model: Transformer, mode: str) -> None:
-    """As a list of edits with a tensor each; the vectors of places that are left out do nothing."""
+def test_a_vector_for_each_tap(case: tuple[Any, Path], model: Transformer, mode: str) -> None:
+    """As a list of edits with a tensor each; vectors at taps that are left out do nothing."""
     hf, _ = case
     vectors = vectors_at((2, "mlp_out"), (0, "mlp_out"), (1, "attn_norm"))
 
@@ -265,14 +269,14 @@ def test_a_vector_for_each_place(case: tuple[Any, Path], model: Transformer, mod
             for layer in layers
         ]
 
-    def own(layers: Any) -> Steering:
+    def together(layers: Any) -> Steering:
         return Steering(vectors, layers, "mlp_out", mode, SCALE[mode], "prompt")
 
-    assert torch.equal(forced(model, [own("all")]), forced(model, each((0, 2))))
-    assert torch.equal(forced(model, [own([-1])]), forced(model, each((2,))))
+    assert torch.equal(forced(model, [together("all")]), forced(model, each((0, 2))))
+    assert torch.equal(forced(model, [together([-1])]), forced(model, each((2,))))
     expected = oracle(hf, each((0, 2)))
-    assert miss(forced(model, [own("all")]), expected) <= PASSES
-    other = vectors.at(Tap(2, "mlp_out"))  # where every place gets that of one
+    assert miss(forced(model, [together("all")]), expected) <= PASSES
+    other = vectors.at(Tap(2, "mlp_out"))  # where every tap gets the vector of one of them
     same = Steering(other, (0, 2), "mlp_out", mode, SCALE[mode], "prompt")
     assert miss(oracle(hf, [same]), expected) > EFFECT * PASSES
     assert miss(oracle(hf, []), expected) > EFFECT * PASSES

@@ -16,23 +16,17 @@ from tolerances import EFFECT, PASSES
 from torch import Tensor
 
 import shardlens
+from shardlens.engine import Engine, Sampling, Steering
 from shardlens.engine import loop as loop_module
 from shardlens.engine import step as step_module
-from shardlens.engine.edit_table import TableShape
-from shardlens.engine.engine import Engine, StepCache
+from shardlens.engine.edit_table import RequestEdits, TableShape
+from shardlens.engine.engine import StepCache
 from shardlens.engine.lens_plan import LensPlan
-from shardlens.engine.sampling import Sampling
-from shardlens.engine.steering import Steering
 from shardlens.engine.step import DecodeStep, StepShape
-from shardlens.kernels.dispatch import implementation
-from shardlens.kernels.gumbel import gumbel_reference
-from shardlens.kernels.launch import Chip, pretending
-from shardlens.model import Transformer
-from shardlens.model.points import Tap
-from shardlens.model.source import read_config
-from shardlens.model.tap_sink import RowTaps
-from shardlens.parallel import head_reduce as winners_module
-from shardlens.parallel.group import TensorParallel
+from shardlens.kernels import Chip, gumbel_reference, implementation, pretending
+from shardlens.model import RowTaps, Tap, Transformer, read_config
+from shardlens.parallel import TensorParallel
+from shardlens.parallel import head_reduce as head_module
 
 NEW_TOKENS, TOP_K, V = 9, 4, 509
 IDS = torch.randint(3, V, (60,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -61,7 +55,7 @@ REQUESTS = (
             Steering(direction(4), "all", "resid_post", "clamp", 2.0, 23),  # meets the first
         ),
     ),
-    # 509 ids: hotter than its logits are sharp, so that the nucleus is wider than the winners
+    # 509 ids: hotter than its logits are sharp, so that the nucleus is wider than the candidates
     Request(tuple(IDS[25:26]), Sampling(40.0, top_p=0.6, seed=2)),
     Request(
         tuple(IDS[26:35]),
@@ -84,7 +78,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass
 class Plain:
-    """What a plain loop makes of a request; `lens` covers all positions of the text."""
+    """The result of a plain loop for a request; `lens` covers all positions of the text."""
 
     token_ids: list[int]
     lens: ExactLens
@@ -149,22 +143,22 @@ def assert_equal(result: shardlens.Result, request: Request, plain: Plain, n_tap
     trace = result.trace
     assert trace is not None
     n = len(request.prompt) + len(result.token_ids) - 1
-    at = trace.positions
-    assert at.tolist() == list(range(n - len(at), n))
-    assert torch.equal(trace.token_ids, plain.lens.order[at, :, :TOP_K])
-    exact = plain.lens.logprobs[at].gather(-1, trace.token_ids)
+    positions = trace.positions
+    assert positions.tolist() == list(range(n - len(positions), n))
+    assert torch.equal(trace.token_ids, plain.lens.order[positions, :, :TOP_K])
+    exact = plain.lens.logprobs[positions].gather(-1, trace.token_ids)
     assert (trace.logprobs - exact).abs().max() <= PASSES
-    assert (trace.entropy - plain.lens.entropy[at]).abs().max() <= PASSES
-    assert (trace.kl_to_final - plain.lens.kl_to_final[at]).abs().max() <= PASSES
+    assert (trace.entropy - plain.lens.entropy[positions]).abs().max() <= PASSES
+    assert (trace.kl_to_final - plain.lens.kl_to_final[positions]).abs().max() <= PASSES
     if int(trace.targets[0]) < 0:
         assert trace.target_logprob.isnan().all() and (trace.target_rank == -1).all()
         return
-    own = dataclasses.replace(
-        plain.lens, order=plain.lens.order[at], logprobs=plain.lens.logprobs[at],
-        entropy=plain.lens.entropy[at],
+    exact_here = dataclasses.replace(
+        plain.lens, order=plain.lens.order[positions], logprobs=plain.lens.logprobs[positions],
+        entropy=plain.lens.entropy[positions],
     )  # fmt: skip
-    assert torch.equal(trace.target_rank, own.rank(trace.targets))
-    assert (trace.target_logprob - own.target_logprob(trace.targets)).abs().max() <= PASSES
+    assert torch.equal(trace.target_rank, exact_here.rank(trace.targets))
+    assert (trace.target_logprob - exact_here.target_logprob(trace.targets)).abs().max() <= PASSES
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -208,9 +202,9 @@ def test_does_not_depend_on_the_rest_of_the_batch(
     model = load(checkpoint, TensorParallel.single())
     spec = dataclasses.replace(SPEC, mode=mode, targets=targets)
     for chosen in itertools.islice(itertools.permutations(range(len(REQUESTS)), size), 0, None, 7):
-        results = run(model, [REQUESTS[at] for at in chosen], lens=spec)
-        for at, result in zip(chosen, results, strict=True):
-            assert_equal(result, REQUESTS[at], plain[at])
+        results = run(model, [REQUESTS[number] for number in chosen], lens=spec)
+        for number, result in zip(chosen, results, strict=True):
+            assert_equal(result, REQUESTS[number], plain[number])
 
 
 @pytest.mark.parametrize("targets", ["next", None])
@@ -263,11 +257,11 @@ def test_streamed_pieces_make_the_trace(checkpoint: Path, plain: list[Plain], mo
             events.append(("token", token))
 
     results = run(model, REQUESTS, lens=spec, on_lens=on_lens, on_token=on_token)
-    for own, result, whole in zip(pieces, results, kept, strict=True):
+    for streamed, result, whole in zip(pieces, results, kept, strict=True):
         assert result.trace is None and result.token_ids == whole.token_ids
         assert whole.trace is not None
         for name in ("positions", "targets", "token_ids", "logprobs", "target_rank"):
-            joined = torch.cat([getattr(piece, name) for piece in own])
+            joined = torch.cat([getattr(piece, name) for piece in streamed])
             assert torch.equal(joined, getattr(whole.trace, name)), name
     if mode == "live":  # the lens of a token comes no later than with the token after it
         kinds = [kind for kind, _ in events]
@@ -327,13 +321,13 @@ def test_a_step_never_waits_for_the_host(
     n_edits: int,
 ) -> None:
     readings: list[int] = []
-    head_stats = winners_module.head_stats
+    head_stats = head_module.head_stats
 
     def counted(x: Tensor, *rest: Any, **options: Any) -> Any:
         readings.append(len(x))
         return head_stats(x, *rest, **options)
 
-    monkeypatch.setattr(winners_module, "head_stats", counted)
+    monkeypatch.setattr(head_module, "head_stats", counted)
     reader = None if lens is None else LensPlan((Tap(0, "mlp_out"), Tap(2, "resid_post")), 4, *lens)
     edits = [[Steering(direction(seed), positions=3) for seed in range(n_edits)], []]
     launched = launched_by_a_step(checkpoint, reader, [sampling] * 2, edits, dtype)
@@ -361,7 +355,9 @@ def launched_by_a_step(
         torch.inference_mode(),
     ):
         model = Transformer(read_config(checkpoint), device="meta", dtype=dtype)
-        edits = TableShape.of([(own, 5) for own in steerings], 64, model.config)
+        edits = TableShape.of(
+            RequestEdits(steering, 5, 64, model.config.n_layers) for steering in steerings
+        )
         shape = StepShape.of(reader, samplings, edits, 1, V)
         step = DecodeStep(model, model.new_cache(len(samplings), 64), shape)
         before = {name: id(value) for name, value in vars(step).items()}
@@ -373,23 +369,23 @@ def launched_by_a_step(
 
 
 @pytest.mark.parametrize(
-    "point, passes",  # of their own, over 3 blocks, where 1 and where 3 edits meet
+    "point, passes",  # not fused, over 3 blocks, where 1 and where 3 edits meet
     [
-        ("resid_post", (1, 2 * 3 + 1 + 2)),  # nothing reads the last place, so none is fused there
+        ("resid_post", (1, 2 * 3 + 1 + 2)),  # nothing reads the last tap, so none is fused there
         ("resid_mid", (0, 2 * 3)),
         ("mlp_norm", (0, 2 * 3)),
         ("attn_out", (3, 3 * 3)),
     ],
 )
-def test_edits_that_meet_take_passes_of_their_own(
+def test_edits_that_meet_take_further_passes(
     checkpoint: Path, point: str, passes: tuple[int, int]
 ) -> None:
-    """One a layer and level beyond the one that is fused; a lone edit costs what it did."""
+    """One per layer and pass beyond the fused pass; a lone edit costs what it did."""
     reader = LensPlan((Tap(0, point), Tap(2, "resid_post")), TOP_K, "next")
 
     def n_norms(n_edits: int) -> int:
-        own = [Steering(direction(seed), point=point, positions=3) for seed in range(n_edits)]
-        launched = launched_by_a_step(checkpoint, reader, [Sampling()] * 2, [own, own[:1]])
+        edits = [Steering(direction(seed), point=point, positions=3) for seed in range(n_edits)]
+        launched = launched_by_a_step(checkpoint, reader, [Sampling()] * 2, [edits, edits[:1]])
         return launched.count("_rmsnorm_steer_kernel")
 
     bare = n_norms(0)
@@ -402,7 +398,9 @@ def test_shapes_that_capture_anew(checkpoint: Path) -> None:
 
     def shape(steering: Steering | None, sampling: Sampling, stops: int = 1) -> StepShape:
         reader = LensPlan((Tap(0, "resid_post"),), TOP_K, "fixed")
-        edits = TableShape.of([([steering] if steering else [], 4)], 32, config)
+        edits = TableShape.of(
+            [RequestEdits([steering] if steering else [], 4, 32, config.n_layers)]
+        )
         return StepShape.of(reader, [sampling], edits, stops, V)
 
     base = shape(Steering(direction(1)), Sampling(0.7, seed=1))
@@ -415,12 +413,14 @@ def test_shapes_that_capture_anew(checkpoint: Path) -> None:
 
 
 def test_edits_turned_off_run_in_the_step_that_has_them(checkpoint: Path) -> None:
-    """As do fewer points; more points, or another lens, take a step of their own."""
+    """As do fewer points; more points, or another lens, take another step."""
     engine = StepCache(load(checkpoint, TensorParallel.single()), 1, 32, capture=True)
 
     def step(*points: str, top_k: int = TOP_K) -> Any:
-        own = [Steering(direction(1), point=point) for point in points]
-        edits = TableShape.of([(own, 4)], engine.cache.capacity, engine.model.config)
+        steerings = [Steering(direction(1), point=point) for point in points]
+        edits = TableShape.of(
+            [RequestEdits(steerings, 4, engine.cache.capacity, engine.model.config.n_layers)]
+        )
         reader = LensPlan((Tap(2, "resid_post"),), top_k, "next")
         return engine.step(StepShape.of(reader, [Sampling()], edits, 0, V))
 
@@ -442,7 +442,7 @@ def test_refilled_buffers_forget_what_was(
     kept = StepCache(model, 4, 64, capture=True)
     monkeypatch.setattr(Engine, "_steps", lambda *rest: kept)
     for chosen in ((1, 3), (3, 1), (0, 2), (1,), (4, 0, 1, 3)):
-        results = run(model, [REQUESTS[at] for at in chosen], lens=SPEC)
-        for at, result in zip(chosen, results, strict=True):
-            assert_equal(result, REQUESTS[at], plain[at])
+        results = run(model, [REQUESTS[number] for number in chosen], lens=SPEC)
+        for number, result in zip(chosen, results, strict=True):
+            assert_equal(result, REQUESTS[number], plain[number])
     assert len(kept.steps) < 5

@@ -14,11 +14,10 @@ from running import requests_of
 from tolerances import PASSES
 
 import shardlens
+from shardlens.engine import Sampling, Steering
 from shardlens.engine.engine import StepCache
 from shardlens.engine.memory import CUBLAS_WORKSPACE_BYTES
 from shardlens.engine.runner import StepRunner
-from shardlens.engine.sampling import Sampling
-from shardlens.engine.steering import Steering
 from shardlens.engine.step import DecodeStep
 from shardlens.kernels.triton_shim import HAS_TRITON
 from shardlens.model import ModelConfig, Transformer, init_weights
@@ -69,15 +68,15 @@ def _language_model(model: Transformer) -> shardlens.LanguageModel:
 
 
 def assert_same(ours: list[shardlens.Result], others: list[shardlens.Result]) -> None:
-    for one, other in zip(ours, others, strict=True):
-        assert one.token_ids == other.token_ids
-        assert (one.trace is None) == (other.trace is None)
-        if one.trace is None or other.trace is None:
+    for our, other in zip(ours, others, strict=True):
+        assert our.token_ids == other.token_ids
+        assert (our.trace is None) == (other.trace is None)
+        if our.trace is None or other.trace is None:
             continue
         for name in ("positions", "targets", "token_ids", "target_rank"):
-            assert torch.equal(getattr(one.trace, name), getattr(other.trace, name)), name
+            assert torch.equal(getattr(our.trace, name), getattr(other.trace, name)), name
         for name in ("logprobs", "entropy", "kl_to_final", "target_logprob"):
-            pair = getattr(one.trace, name), getattr(other.trace, name)
+            pair = getattr(our.trace, name), getattr(other.trace, name)
             assert torch.allclose(*pair, rtol=0, atol=PASSES, equal_nan=True), name
 
 
@@ -105,7 +104,7 @@ SAMPLINGS = {
     "greedy": [Sampling()] * 3,
     "plain": [Sampling(), Sampling(1.0, seed=3), Sampling(1.0, seed=4)],
     "scaled, top-k": SAMPLED,
-    # the second nucleus is wider than the winners at hand, so that the host must find its token
+    # the second nucleus is wider than the candidates at hand, so that the host must find its token
     "top-p": [Sampling(0.8, top_p=0.9, seed=5), Sampling(40.0, top_p=0.6, seed=2), Sampling()],
 }
 EDIT = Steering(torch.ones(D), [1], "mlp_norm", scale=0.5, positions="generated")
@@ -145,7 +144,7 @@ def test_captured_equals_eager(
     assert_same(captured, run(model, **options, capture=False))
     if steering != "unsteered":
         plain = run(model, **{**options, "steering": []}, capture=False)
-        assert [one.token_ids for one in plain] != [one.token_ids for one in captured]
+        assert [result.token_ids for result in plain] != [result.token_ids for result in captured]
 
 
 def test_changes_that_capture_nothing_anew(
@@ -198,9 +197,9 @@ def test_a_failed_capture_leaves_an_eager_run_and_a_sound_process(
     before = torch.cuda.current_stream()
     _language_model.cache_clear()
     monkeypatch.setattr(DecodeStep, "read", waiting)
-    with pytest.warns(UserWarning, match="cannot be captured.*when stream is capturing") as told:
+    with pytest.warns(UserWarning, match="cannot be captured.*when stream is capturing") as caught:
         failed = [run(model) for _ in range(2)]
-    assert len(told) == 1 and torch.cuda.current_stream() == before
+    assert len(caught) == 1 and torch.cuda.current_stream() == before
     monkeypatch.undo()
     torch.cuda.empty_cache()  # raises where PyTorch thinks that it is still capturing,
     torch.rand(3, device="cuda")  # and so does this

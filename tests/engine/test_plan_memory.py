@@ -1,4 +1,4 @@
-"""What `plan` foretells against what runs allocate, to the byte that PyTorch counts."""
+"""The predictions of `plan` against what runs allocate, to the byte that PyTorch counts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from live_bytes import peak_tensor_bytes
 from tolerances import PLANNED
 
 import shardlens
-from shardlens.bench.live_bytes import peak_tensor_bytes
-from shardlens.engine.plan import Plan, plan
+from shardlens.engine import Plan, plan
 from shardlens.model import Transformer
 
 N_PROMPT, NEW = 300, 100

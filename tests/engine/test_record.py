@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from shardlens.engine.record import pack_rows, record_width, unpack_rows
-from shardlens.parallel import TensorParallel, VocabHead, reduce_head
-from shardlens.parallel.spans import split_vocab
+from shardlens.parallel import TensorParallel, VocabHead, reduce_head, split_vocab
 
 
 def test_round_trip() -> None:

@@ -12,17 +12,11 @@ import torch
 from tolerances import P_VALUE
 from torch import Tensor
 
+from shardlens.engine import Sampling
 from shardlens.engine import sampling as sampling_module
-from shardlens.engine.sampling import (
-    Sampling,
-    SamplingTable,
-    candidates_needed,
-    draw,
-    draw_wide,
-)
+from shardlens.engine.sampling import SamplingTable, candidates_needed, draw, draw_wide
 from shardlens.kernels import Noise, gumbel_reference, philox_reference
-from shardlens.parallel import TensorParallel, VocabHead, reduce_head
-from shardlens.parallel.spans import split_vocab
+from shardlens.parallel import TensorParallel, VocabHead, reduce_head, split_vocab
 
 DRAWS = 20_000
 D = 16
@@ -132,7 +126,7 @@ def test_same_draw_at_every_rank_count(name: str, run_ranks: Any) -> None:
         assert all(tokens == alone for tokens in run_ranks(ranks, body))
 
 
-def test_every_row_has_its_own_sampling() -> None:
+def test_every_row_is_sampled_differently() -> None:
     """A mixed batch draws what each row draws alone."""
     weight, row = weight_and_row(509, 0.3)
     head = head_of(weight, TensorParallel.single())

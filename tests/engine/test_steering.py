@@ -24,8 +24,8 @@ from tolerances import EFFECT, PASSES
 import shardlens
 from shardlens.engine import Steering, SteeringVectors
 from shardlens.kernels import MODES
-from shardlens.model.points import POINTS, Tap
-from shardlens.parallel.group import TensorParallel
+from shardlens.model import POINTS, Tap
+from shardlens.parallel import TensorParallel
 
 
 @pytest.fixture(scope="module", params=["llama-mha", "qwen3"])

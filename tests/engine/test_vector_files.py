@@ -16,11 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from shardlens.engine import SteeringVectors, vector_files
-from shardlens.engine.vector_fields import Origin
-from shardlens.model.config import ModelConfig
-from shardlens.model.points import POINTS, Tap
-from shardlens.model.source import DEMO
+from shardlens.engine import Origin, SteeringVectors, vector_files
+from shardlens.model import DEMO, POINTS, ModelConfig, Tap
 
 D, N_LAYERS = 37, 6
 CONFIG = dataclasses.replace(ModelConfig.from_hf(DEMO / "config.json"), d=D, n_layers=N_LAYERS)
@@ -146,7 +143,7 @@ def test_we_read_repengs_at_the_same_blocks(tmp_path: Path, repeng: Any) -> None
 
 
 def test_repengs_layers_are_our_blocks(repeng: Any) -> None:
-    """What its direction K is made from is what comes out of block K, counted from 0."""
+    """Its direction K is made from the output of block K, counted from 0."""
     from oracles import hf_model
     from repeng.extract import batched_get_hiddens
 
@@ -298,7 +295,7 @@ def test_other_tensors_are_refused(
 
 
 def saved_metadata(folder: Path) -> dict[str, str]:
-    """That of a good file, without norms."""
+    """The metadata of a good file, without norms."""
     vectors = dataclasses.replace(made([Tap(1, "resid_post")]), resid_norms={})
     vectors.save(folder / "good.safetensors")
     with safe_open(folder / "good.safetensors", framework="pt") as file:

@@ -11,13 +11,9 @@ import torch
 from numpy.testing import assert_array_almost_equal_nulp
 from torch import Tensor
 
-from shardlens.engine import SteeringVectors
-from shardlens.engine.fingerprint import fingerprint
+from shardlens.engine import Origin, SteeringVectors, fingerprint
 from shardlens.engine.tap_names import listed
-from shardlens.engine.vector_fields import Origin
-from shardlens.model.config import ModelConfig
-from shardlens.model.points import Tap
-from shardlens.model.source import DEMO
+from shardlens.model import DEMO, ModelConfig, Tap
 
 D, N_LAYERS = 37, 6
 TAPS = (Tap(4, "mlp_norm"), Tap(2, "resid_post"), Tap(2, "attn_out"))
@@ -235,7 +231,7 @@ def test_cosines() -> None:
     assert torch.equal(found, found.T) and torch.equal(found.diagonal(), torch.ones(3))
 
 
-def test_random_controls_have_the_same_norms_and_a_seed_of_their_own() -> None:
+def test_random_controls_have_the_same_norms_and_a_separate_seed() -> None:
     vectors = made()
     before = torch.get_rng_state()
     drawn = vectors.random_like(7)

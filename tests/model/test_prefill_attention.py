@@ -106,7 +106,7 @@ def test_requests_of_different_lengths(model: Transformer) -> None:
         alone.lengths.fill_(length)
         alone.longest = length
         for start in (None, length):
-            own = copy.copy(alone)
-            own.lengths = alone.lengths.clone()
-            out = model(torch.tensor([part[request]]), cache=own, start=start)
+            continued = copy.copy(alone)
+            continued.lengths = alone.lengths.clone()
+            out = model(torch.tensor([part[request]]), cache=continued, start=start)
             assert (out[0] - together[request]).abs().max() <= PASSES

@@ -16,10 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import shardlens
-from shardlens.model import Transformer, hf_state_dict, init_weights, load_weights
-from shardlens.model.sharding import placements
-from shardlens.model.source import find_model, read_config
-from shardlens.parallel.group import TensorParallel
+from shardlens.model import (
+    Transformer,
+    find_model,
+    hf_state_dict,
+    init_weights,
+    load_weights,
+    read_config,
+)
+from shardlens.model.sharding import tensor_table
+from shardlens.parallel import TensorParallel
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def test_one_file_and_shards_load_alike(tmp_path: Path) -> None:
     assert all(torch.equal(exported[name], value) for name, value in hf.state_dict().items())
 
 
-def test_every_rank_holds_its_own_slices(checkpoint: Path, run_ranks: Any) -> None:
+def test_every_rank_holds_different_slices(checkpoint: Path, run_ranks: Any) -> None:
     """A fused weight of a rank is the fusion of its parts; vocabulary padding is zero."""
     full = load_file(checkpoint / "model.safetensors")
 
@@ -115,6 +121,7 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def index_without_file(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -131,14 +138,15 @@ BAD = {
     "truncated": (truncate, "not a whole safetensors file"),
     "shard missing": (index_without_file, "model-00001-of-00002.safetensors does not exist"),
     "architecture": (change_config(architectures=["MixtralForCausalLM"]), "MixtralForCausalLM"),
-    "no architecture": (change_config(architectures=None), "not supported"),
-    "rope type": (change_config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "yarn"),
-    "sliding window": (change_config(use_sliding_window=True), "sliding window"),
-    "sliding layer": (change_config(layer_types=["sliding_attention"]), "sliding window"),
+    "no architecture": (
+        change_config(architectures=None, model_type=None),
+        "neither architectures nor model_type",
+    ),
+    "rope type": (change_config(rope_parameters={"rope_type": "longrope"}), "longrope"),
     "quantised": (change_config(quantization_config={"quant_method": "gptq"}), "gptq"),
     "activation": (change_config(hidden_act="gelu"), "gelu"),
     "dtype": (change_config(dtype="float8_e4m3fn"), "float8_e4m3fn"),
-    "partial rope": (change_config(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "partial rope": (change_config(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     "missing": (change_tensors(lambda t: t.pop(NORM)), f"lacks tensor {NORM}"),
     "left over": (
         change_tensors(lambda t: t.update({"model.layers.9.x": torch.ones(1)})),
@@ -171,15 +179,37 @@ def test_hub_id_is_downloaded_whole(monkeypatch: pytest.MonkeyPatch, stories: Pa
 
     asked: list[Any] = []
 
-    def snapshot_download(hub_id: str, *, allow_patterns: list[str]) -> str:
-        asked.append((hub_id, allow_patterns))
+    def snapshot_download(hub_id: str, **options: Any) -> str:
+        asked.append((hub_id, options))
         return str(stories)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    model = shardlens.load("someone/stories-260K").model
-    assert asked[0][0] == "someone/stories-260K"
-    assert {"*.safetensors", "*.json", "*.model"} <= set(asked[0][1])
+    model = shardlens.load("someone/stories-260K", revision="v1.0").model
     assert model.config.n_layers == 5
+    for hub_id, options in asked:
+        assert (hub_id, options["revision"]) == ("someone/stories-260K", "v1.0")
+        assert options["ignore_patterns"] == ["*/*"]  # nothing below the top folder
+    first, second = (set(options["allow_patterns"]) for _, options in asked)
+    assert first == {"*.json", "*.model", "*.jinja", "merges.txt"}
+    assert second - first == {"model.safetensors"}  # and neither consolidated.* nor adapter_*
+
+
+def test_of_shards_the_files_of_the_index_are_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    folder = save(hf_model("llama-gqa-tied"), tmp_path / "shards", shards=True)
+    asked: list[list[str]] = []
+
+    def snapshot_download(hub_id: str, **options: Any) -> str:
+        asked.append(options["allow_patterns"])
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert find_model("a/b", TensorParallel.single()).weights().shapes
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    assert len(shards) > 1 and asked[1][-len(shards) :] == shards
 
 
 def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,20 +220,20 @@ def test_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
         raise LocalEntryNotFoundError("no connection\nand a second line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match=r"a/b is no local directory .*: no connection$"):
+    with pytest.raises(ValueError, match=r"a/b is not a local directory .*: no connection$"):
         shardlens.load("a/b")
 
 
 def test_published_indices_name_what_the_model_needs(shared_data: Path) -> None:
-    """Tensor names of true checkpoints, from their published indices, equal those we place."""
+    """Tensor names of true checkpoints, from their published indices, equal those we fill."""
     seen = 0
     for index in sorted((shared_data / "index/generated").glob("*.json")):
         name = index.name.removesuffix(".model.safetensors.index.json")
         directory = shared_data / "configs" / name
         if not directory.is_dir() or "A3B" in name:
             continue
-        table = placements(read_config(directory))
-        needed = {placed.source for parts in table.values() for placed in parts}
+        table = tensor_table(read_config(directory))
+        needed = {tensor.name for parts in table.values() for tensor in parts}
         assert needed == set(json.loads(index.read_text())["weight_map"]), name
         seen += 1
     assert seen >= 6
@@ -214,7 +244,7 @@ import sys, threading
 from pathlib import Path
 import torch
 from shardlens.model import Transformer
-from shardlens.model.source import read_config
+from shardlens.model.model_files import read_config
 from shardlens.model.weights import Checkpoint, load_weights
 from shardlens.parallel.group import TensorParallel
 

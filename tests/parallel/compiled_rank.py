@@ -19,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from shardlens.model import ModelConfig, Transformer, init_weights
-from shardlens.model.attention import causal_attention
-from shardlens.model.transformer import ForwardPass
+from shardlens.model import ForwardPass, ModelConfig, Transformer, causal_attention, init_weights
 from shardlens.parallel import (
     ColumnLinear,
     RowLinear,
@@ -51,7 +49,7 @@ VOCAB, D, MID, T = 31, 12, 23, 9
 
 @dataclass(frozen=True)
 class Case:
-    """What is compiled, what it is given, and what gradients are taken to."""
+    """A function to compile, its inputs, and the parameters to take gradients to."""
 
     run: Callable[..., Any]
     inputs: list[Tensor]

@@ -16,7 +16,7 @@ WORKER = Path(__file__).with_name("compiled_rank.py")
 
 
 def on_ranks(size: int, store: Path, *cases: str) -> list[dict[str, Any]]:
-    """What each rank, a process that talks gloo, found for each case."""
+    """The findings of each rank, a process that talks gloo, for each case."""
     environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
     processes = [
         subprocess.Popen(

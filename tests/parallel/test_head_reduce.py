@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from shardlens.kernels import Noise, implementation
-from shardlens.kernels.launch import Chip, pretending
-from shardlens.parallel import TensorParallel, Traffic, VocabHead
-from shardlens.parallel.head_reduce import HeadResult, reduce_head
-from shardlens.parallel.spans import split_vocab
+from shardlens.kernels import Chip, Noise, implementation, pretending
+from shardlens.parallel import (
+    HeadResult,
+    TensorParallel,
+    Traffic,
+    VocabHead,
+    reduce_head,
+    split_vocab,
+)
 
 VOCAB, D = 509, 24
 

@@ -26,7 +26,6 @@ from shardlens.parallel import (
     all_reduce,
     split_even,
     split_heads,
-    split_kv_heads,
     split_vocab,
 )
 
@@ -172,18 +171,58 @@ def test_splits_cover_without_overlap(full: int, size: int) -> None:
     assert len({split_vocab(full, rank, size).padded for rank in range(size)}) == 1
 
 
-def test_kv_heads_are_replicated() -> None:
-    """2 KV heads of 8 on 4 ranks: pairs of neighbours hold the same head, as their queries need."""
-    starts = [split_kv_heads(2, 8, rank, 4).start for rank in range(4)]
-    assert starts == [0, 0, 8, 8]
-    assert [split_heads(4, 8, rank, 4).start for rank in range(4)] == [0, 8, 16, 24]
+CASES = [(4, 4, 1), (4, 4, 4), (4, 2, 4), (8, 2, 4), (9, 3, 2), (14, 2, 4), (28, 4, 8), (12, 2, 3)]
+CASES += [
+    (9, 3, 4),
+    (15, 5, 2),
+    (15, 5, 4),
+    (1, 1, 3),
+    (32, 8, 7),
+    (64, 8, 6),
+    (7, 7, 5),
+    (12, 1, 5),
+]
 
 
-def test_impossible_splits_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 ranks cannot share 4"):
-        split_heads(4, 8, 0, 3)
-    with pytest.raises(ValueError, match="3 ranks cannot replicate 2 KV heads"):
-        split_kv_heads(2, 8, 0, 3)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), CASES)
+def test_every_head_is_on_one_rank_beside_its_kv_head(heads: int, kv_heads: int, size: int) -> None:
+    """Slot s of a rank's query heads attends to its kv head s / group, whatever is padded."""
+    head_dim, queries_per_kv = 8, heads // kv_heads
+    seen: list[int] = []
+    for rank in range(size):
+        queries, kv = split_heads(heads, kv_heads, head_dim, rank, size)
+        n_slots, n_kv = queries.padded // head_dim, kv.padded // head_dim
+        assert n_slots % n_kv == 0 and queries.full == heads * head_dim
+        for start, stop, offset in queries.stored:
+            for head in range(start // head_dim, stop // head_dim):
+                seen.append(head)
+                slot = offset // head_dim + head - start // head_dim
+                stored_kv = {offset: start for start, _, offset in kv.stored}
+                kv_head = stored_kv[slot // (n_slots // n_kv) * head_dim] // head_dim
+                assert kv_head == head // queries_per_kv
+    assert seen == list(range(heads))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "stored"),
+    [
+        (32, 8, 8, (4, 1)),  # as a plain split
+        (32, 8, 16, (2, 1)),  # pairs of ranks hold one kv head
+        (28, 4, 8, (4, 1)),  # 3 or 4 of the 7 query heads of a kv head
+        (14, 2, 4, (4, 1)),
+        (12, 2, 3, (4, 2)),
+        (9, 3, 2, (6, 2)),
+        (128, 8, 11, (12, 3)),  # a kv head twice on a rank, rather than 16 query heads
+    ],
+)
+def test_the_fullest_rank_holds_little(
+    heads: int, kv_heads: int, size: int, stored: tuple[int, int]
+) -> None:
+    spans = [split_heads(heads, kv_heads, 1, rank, size) for rank in range(size)]
+    assert max((q.padded, kv.padded) for q, kv in spans) == stored
+
+
+def test_impossible_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match="rank 2"):
         TensorParallel(None, 2, 2)
     with pytest.raises(ValueError, match="process group"):

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from live_bytes import peak_tensor_bytes
 from oracles import assert_as_good
 from tolerances import EFFECT, FLOAT64, GRADIENT_RELATIVE
 from torch import Tensor, nn
 
-from shardlens.bench.live_bytes import peak_tensor_bytes
 from shardlens.parallel import (
     TensorParallel,
     VocabEmbedding,
