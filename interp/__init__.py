@@ -1,134 +1,53 @@
 """Traces, steering vectors from pairs of answers, and what they do to a model."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from ..kernels.lazy_imports import lazy_package
 
-__all__ = [
-    "AT",
-    "METHODS",
-    "MULTIPLIERS",
-    "PROTOCOLS",
-    "Extraction",
-    "Item",
-    "OnProgress",
-    "Pair",
-    "PairIds",
-    "PromptForm",
-    "Side",
-    "Slope",
-    "SteerabilityReport",
-    "Suggestion",
-    "Sweep",
-    "Trace",
-    "Variants",
-    "balance",
-    "curve_table",
-    "difference",
-    "difference_each",
-    "encode_contrast",
-    "encode_pair",
-    "encode_pairs",
-    "example_slopes",
-    "extract",
-    "extract_encoded",
-    "label_of",
-    "layer_map",
-    "longest",
-    "mean_curve_fit",
-    "pair_states",
-    "print_trace",
-    "propensities",
-    "read_pairs",
-    "slopes_table",
-    "spearman",
-    "split_pairs",
-    "steerability",
-    "steerability_encoded",
-    "suggest",
-    "summarize",
-    "summarize_each",
-    "summary_lines",
-]
-
 if TYPE_CHECKING:
-    from .extract import AT, METHODS, Extraction, OnProgress, extract, extract_encoded, pair_states
-    from .labels import PromptForm, label_of
-    from .pairs import Pair, read_pairs
-    from .prompts import (
-        PairIds,
-        Side,
-        balance,
-        encode_contrast,
-        encode_pair,
-        encode_pairs,
-        longest,
-    )
-    from .propensity import PROTOCOLS, Item, Variants, propensities
-    from .report import SteerabilityReport
-    from .report_table import curve_table, layer_map, slopes_table, summary_lines
-    from .slopes import (
-        MULTIPLIERS,
-        Slope,
-        difference,
-        difference_each,
-        example_slopes,
-        mean_curve_fit,
-        spearman,
-        summarize,
-        summarize_each,
-    )
-    from .split import split_pairs
-    from .steerability import Sweep, steerability, steerability_encoded
-    from .suggest import Suggestion, suggest
-    from .trace import Trace
-    from .trace_table import print_trace
-else:
-    _HOMES = {
-        "AT": ".extract",
-        "METHODS": ".extract",
-        "MULTIPLIERS": ".slopes",
-        "PROTOCOLS": ".propensity",
-        "Extraction": ".extract",
-        "Item": ".propensity",
-        "OnProgress": ".extract",
-        "Pair": ".pairs",
-        "PairIds": ".prompts",
-        "PromptForm": ".labels",
-        "Side": ".prompts",
-        "Slope": ".slopes",
-        "SteerabilityReport": ".report",
-        "Suggestion": ".suggest",
-        "Sweep": ".steerability",
-        "Trace": ".trace",
-        "Variants": ".propensity",
-        "balance": ".prompts",
-        "curve_table": ".report_table",
-        "difference": ".slopes",
-        "difference_each": ".slopes",
-        "encode_contrast": ".prompts",
-        "encode_pair": ".prompts",
-        "encode_pairs": ".prompts",
-        "example_slopes": ".slopes",
-        "extract": ".extract",
-        "extract_encoded": ".extract",
-        "label_of": ".labels",
-        "layer_map": ".report_table",
-        "longest": ".prompts",
-        "mean_curve_fit": ".slopes",
-        "pair_states": ".extract",
-        "print_trace": ".trace_table",
-        "propensities": ".propensity",
-        "read_pairs": ".pairs",
-        "slopes_table": ".report_table",
-        "spearman": ".slopes",
-        "split_pairs": ".split",
-        "steerability": ".steerability",
-        "steerability_encoded": ".steerability",
-        "suggest": ".suggest",
-        "summarize": ".slopes",
-        "summarize_each": ".slopes",
-        "summary_lines": ".report_table",
-    }
-    sys.modules[__name__].__class__ = lazy_package(_HOMES)
+    from .extract import AT as AT
+    from .extract import METHODS as METHODS
+    from .extract import Extraction as Extraction
+    from .extract import OnProgress as OnProgress
+    from .extract import extract as extract
+    from .extract import extract_encoded as extract_encoded
+    from .extract import pair_states as pair_states
+    from .labels import PromptForm as PromptForm
+    from .labels import label_of as label_of
+    from .pairs import Pair as Pair
+    from .pairs import read_pairs as read_pairs
+    from .prompts import PairIds as PairIds
+    from .prompts import Side as Side
+    from .prompts import balance as balance
+    from .prompts import encode_contrast as encode_contrast
+    from .prompts import encode_pair as encode_pair
+    from .prompts import encode_pairs as encode_pairs
+    from .prompts import longest as longest
+    from .propensity import PROTOCOLS as PROTOCOLS
+    from .propensity import Item as Item
+    from .propensity import Variants as Variants
+    from .propensity import propensities as propensities
+    from .report import SteerabilityReport as SteerabilityReport
+    from .report_table import curve_table as curve_table
+    from .report_table import layer_map as layer_map
+    from .report_table import slopes_table as slopes_table
+    from .report_table import summary_lines as summary_lines
+    from .slopes import MULTIPLIERS as MULTIPLIERS
+    from .slopes import Slope as Slope
+    from .slopes import difference as difference
+    from .slopes import difference_each as difference_each
+    from .slopes import example_slopes as example_slopes
+    from .slopes import mean_curve_fit as mean_curve_fit
+    from .slopes import spearman as spearman
+    from .slopes import summarize as summarize
+    from .slopes import summarize_each as summarize_each
+    from .split import split_pairs as split_pairs
+    from .steerability import Sweep as Sweep
+    from .steerability import steerability as steerability
+    from .steerability import steerability_encoded as steerability_encoded
+    from .suggest import Suggestion as Suggestion
+    from .suggest import suggest as suggest
+    from .trace import Trace as Trace
+    from .trace_table import print_trace as print_trace
+
+lazy_package(__name__)

@@ -17,7 +17,7 @@ def direction(gap: Tensor, sides: Tensor, method: str) -> Tensor:
     if method == "mean_diff":
         return gap.float()
     along = _first_component(sides) if method == "pca" else _probe(sides)
-    return (along * (gap @ along)).float()  # the product turns it towards the gap, too
+    return (along * (gap @ along)).float()  # the product also turns it towards the gap
 
 
 def _first_component(sides: Tensor) -> Tensor:
@@ -44,6 +44,6 @@ def _probe(sides: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x at unit length; zeros stay zeros, which says that no state differs."""
+    """x at unit length; zeros stay zeros, as where no state differs."""
     length = x.norm()
     return x / length if length > 0 else x

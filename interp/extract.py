@@ -44,12 +44,12 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Extraction:
-    """Which states of pairs become vectors, and how.
+    """How vectors are made from pairs: the states to compare, and the method.
 
-    point: one or several of POINTS. layers: as in `LensSpec`. method: one of METHODS. at: which
-    state stands for an answer: that of its "label" token, of the "last" token, or the "mean" over
-    the answer's. contrast: two texts, of which the first describes the matching behaviour; then
-    questions are compared after the one and the other, and `at` and the answers do not count.
+    point: one or several of POINTS. layers: as in `LensSpec`. method: one of METHODS. at: the state
+    that represents an answer: that of its "label" token, of the "last" token, or the "mean" over
+    the answer's tokens. contrast: two texts, of which the first describes the matching behaviour;
+    then questions are compared after the one and the other, and `at` and the answers are unused.
 
     Raises ValueError for unknown points, methods and states, for a state that is named twice, and
     where the package that a method needs is missing.
@@ -70,7 +70,7 @@ class Extraction:
             raise ValueError(f"method {self.method}: there are {', '.join(METHODS)}")
         if self.at not in AT:
             raise ValueError(f"states at {self.at}: there are {', '.join(AT)}")
-        if self.method == "logistic":  # asked before the passes, which may be long
+        if self.method == "logistic":  # checked before the passes, which may be long
             require("sklearn", "probe", "method logistic")
 
     @property
@@ -79,7 +79,7 @@ class Extraction:
 
     @property
     def read_at(self) -> str:
-        """One of AT: sides of a contrast have no answer, and end where they are read."""
+        """`at`; "last" for a contrast, whose sides have no answer and end where they are read."""
         return self.at if self.contrast is None else "last"
 
     def taps(self, n_layers: int) -> list[Tap]:
@@ -165,7 +165,7 @@ def _read(
     keeps: bool,
     on_progress: OnProgress | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean gap [P, d] and mean norm [P], float64, and the states [2, N, P, d] if it `keeps` them.
+    """Mean gap [P, d] and mean norm [P], float64; with `keeps` also the states [2, N, P, d].
 
     A fit needs every state; a mean does not, and at full width they are gigabytes.
     """
@@ -187,9 +187,9 @@ def _read(
 
 @torch.no_grad()
 def pair_states(model: Transformer, pair: PairIds, taps: Sequence[Tap], at: str) -> Tensor:
-    """States of both sides [2, P, d], the matching one first; float64 means of the model's own.
+    """States of both sides [2, P, d], the matching side first; float64 means of the model's states.
 
-    The answers are branches of the prompt as far as they share it and nothing is read of it.
+    The answers are branches of their shared prompt, or of its part before the first state read.
     """
     sides = pair.sides
     spans = [_span(side, at) for side in sides]
@@ -208,7 +208,7 @@ def pair_states(model: Transformer, pair: PairIds, taps: Sequence[Tap], at: str)
 
 
 def _span(side: Side, at: str) -> range:
-    """The positions whose states stand for the side; at: one of AT."""
+    """The positions whose states represent the side; at: one of AT."""
     if at == "mean":
         return range(side.answer_at, len(side.ids))
     position = len(side.ids) - 1 if at == "last" else side.label_at

@@ -1,18 +1,24 @@
-"""Where in a text an answer and its label stand, and which token holds the label.
+"""The positions of an answer and its label in a text, and the token that holds the label.
 
 The label of an answer is its first run of letters and digits: the A of " (A)", the Yes of " Yes".
 Its token is the one whose characters hold it, whatever else the tokenizer joined to it: "A", " A"
-or "(A". To take the last token of a prompt instead goes wrong silently with a tokenizer that keeps
-the space apart: both answers then end the prompt alike, and their difference is zero.
+or "(A". Taking the last token of a prompt instead goes wrong silently with a tokenizer that keeps
+the space apart: both prompts then end in the same token, and their difference is zero.
 """
 
 from __future__ import annotations
 
+import json
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..tokenizer.spans import Span, quoted, token_spans
+from ..tokenizer.encoding import Span
 from ..tokenizer.tokenizer import Tokenizer
+
+# what `Tokenizer.chat` decides itself
+RESERVED = frozenset({"messages", "add_generation_prompt", "special"})
 
 
 @dataclass(frozen=True)
@@ -21,17 +27,32 @@ class PromptForm:
 
     chat: the question is a user's message in the model's chat template, after the `system` message
     if there is one, and the answer begins the reply. If not, the answer follows the question and
-    `answer_prefix`. Plain texts are taken as they are in both. Raises ValueError for a system
-    message without chat.
+    `answer_prefix`. Texts without a question are taken as they are in both. template: what else the
+    chat template reads, such as {"enable_thinking": False}. plain: names of special tokens are
+    plain text, not tokens, as they always are in a chat. Raises ValueError for a system message or
+    template variables without chat.
     """
 
     chat: bool = False
     answer_prefix: str = "\nAnswer:"
     system: str | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    plain: bool = False
 
     def __post_init__(self) -> None:
         if self.system is not None and not self.chat:
             raise ValueError("a system message needs the chat form; put it into the question")
+        if self.template and not self.chat:
+            raise ValueError("variables of a chat template need the chat form")
+        for name in self.template:
+            if name in RESERVED:
+                raise ValueError(f"{name} is no variable that a chat template can be given")
+
+    def messages(self, question: str) -> list[dict[str, str]]:
+        """The conversation up to the reply."""
+        user = {"role": "user", "content": question}
+        system = {"role": "system", "content": self.system or ""}
+        return [user] if self.system is None else [system, user]
 
 
 @dataclass(frozen=True)
@@ -45,12 +66,28 @@ class Written:
 
     def token_at(self, character: int) -> int:
         """The index of the first token that holds the character at an index in `text`."""
-        return next(at for at, (start, end) in enumerate(self.spans) if start <= character < end)
+        spans = enumerate(self.spans)
+        return next(index for index, (start, end) in spans if start <= character < end)
 
     def label(self) -> Span:
-        """Where in `text` the label stands."""
+        """The span of the label in `text`."""
         start, end = label_of(self.text[self.answer_from :])
         return self.answer_from + start, self.answer_from + end
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, form: PromptForm) -> list[int]:
+    """The ids of a text, or in a chat of a user's message up to the reply.
+
+    Raises ValueError where the model has no chat template, and for a variable that its template
+    does not read.
+    """
+    if not form.chat:
+        return tokenizer.encode(prompt, special=not form.plain)
+    unread = sorted(form.template.keys() - tokenizer.template_variables)
+    if unread:
+        read = ", ".join(sorted(tokenizer.template_variables - RESERVED)) or "none"
+        raise ValueError(f"the chat template reads no variable {unread[0]!r}; it reads {read}")
+    return tokenizer.chat(form.messages(prompt), **form.template)
 
 
 def write(tokenizer: Tokenizer, question: str, answer: str, form: PromptForm) -> Written:
@@ -60,17 +97,19 @@ def write(tokenizer: Tokenizer, question: str, answer: str, form: PromptForm) ->
     """
     prompt: list[int] = []
     if form.chat:
-        messages = [{"role": "user", "content": question}]
-        if form.system is not None:
-            messages.insert(0, {"role": "system", "content": form.system})
-        prompt = tokenizer.chat(messages)
+        prompt = encode_prompt(tokenizer, question, form)
         text, answer_from = answer.lstrip(), 0
-        ids = tokenizer.encode(text, bos=False)
+        encoded = tokenizer.encode_with_spans(text, bos=False, special=False)
     else:
         text, answer_from = _joined(question, answer, form.answer_prefix)
-        ids = tokenizer.encode(text)
-    spans = [(0, 0)] * len(prompt) + token_spans(tokenizer, ids, text)
-    return Written(prompt + ids, spans, text, answer_from)
+        encoded = tokenizer.encode_with_spans(text, special=not form.plain)
+    spans = [(0, 0)] * len(prompt) + encoded.spans
+    return Written(prompt + encoded.ids, spans, text, answer_from)
+
+
+def quoted(text: str) -> str:
+    """`text` in double quotes and on one line, for messages."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _joined(question: str, answer: str, prefix: str) -> tuple[str, int]:
@@ -84,11 +123,11 @@ def _joined(question: str, answer: str, prefix: str) -> tuple[str, int]:
 
 
 def label_of(answer: str) -> Span:
-    """Returns where the label begins and ends: the first run of letters and digits, with accents.
+    """The span of the label in an answer: the first run of letters and digits, with accents.
 
     Raises ValueError when there is none.
     """
-    start = next((at for at, character in enumerate(answer) if character.isalnum()), None)
+    start = next((index for index, char in enumerate(answer) if char.isalnum()), None)
     if start is None:
         raise ValueError(f"the answer {quoted(answer)} has no letter or digit to identify it")
     end = start + 1
@@ -100,12 +139,11 @@ def label_of(answer: str) -> Span:
 def label_token(tokenizer: Tokenizer, written: Written) -> int:
     """The position of the one token that holds the label; ValueError where there is none."""
     start, end = written.label()
-    holders = [
-        at for at, (first, after) in enumerate(written.spans) if first < end and start < after
-    ]
+    spans = enumerate(written.spans)
+    holders = [index for index, (first, after) in spans if first < end and start < after]
     label = quoted(written.text[start:end])
     if len(holders) > 1:
-        pieces = ", ".join(quoted(tokenizer.token_text(written.ids[at])) for at in holders)
+        pieces = ", ".join(quoted(tokenizer.token_text(written.ids[index])) for index in holders)
         raise ValueError(
             f"the label {label} is {len(holders)} tokens ({pieces}): choose pairs whose answers "
             "differ in one token"

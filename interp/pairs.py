@@ -7,7 +7,7 @@ Three kinds of records are read, as lines of JSON or as one JSON array, and a fi
 - steering-bench: "positive" and "negative", each with a "prompt" and a "response";
 - plain texts: "positive" and "negative", each a text.
 
-Other fields are passed over.
+Other fields are ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Pair:
 
     question: "" where the two are plain texts. other_question: the question that the other answer
     is given to, where it is not the same. Raises ValueError for a blank answer, for texts that are
-    no Unicode, and for two sides that say the same.
+    not Unicode, and for two equal sides.
     """
 
     question: str
@@ -56,14 +56,14 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """16 hex digits that tell this pair's texts from any other's, on every machine."""
+        """16 hex digits that identify this pair's texts, the same on every machine."""
         asked, other_asked = self.questions
         texts = json.dumps([asked, self.matching, other_asked, self.other])
         return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Returns the pairs of a file in its order; whether it is an array or lines shows by itself.
+    """The pairs of a file of JSON lines or of one JSON array, in its order.
 
     Raises ValueError with the file and the line, or the item of an array counted from 1, for broken
     JSON, a field that is missing, empty or no text, and two answers that are equal; with the file
@@ -177,7 +177,7 @@ def _kind(value: Any) -> str:
 
 
 def _check_unicode(text: str) -> None:
-    """A lone surrogate can be written in JSON but stands for no character."""
+    """Refuse lone surrogates, which JSON can hold but which are no characters."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Pairs as token ids, and where in them the answers and their labels stand."""
+"""Pairs as token ids, with the positions of the answers and their labels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..model.config import ModelConfig
-from ..tokenizer.spans import quoted
 from ..tokenizer.tokenizer import Tokenizer
-from .labels import PromptForm, Written, label_token, write
+from .labels import PromptForm, Written, label_token, quoted, write
 from .pairs import Pair
 
 Given = TypeVar("Given")
@@ -56,20 +55,22 @@ class PairIds:
 def encode_pair(
     tokenizer: Tokenizer, pair: Pair, form: PromptForm, *, needs_label: bool = True
 ) -> PairIds:
-    """Returns the ids of both sides of `pair`, laid out as `form` says.
+    """The ids of both sides of `pair`, written as `form` says.
 
     Without chat the whole text is encoded at once, so that no token is cut where the answer
     begins; one space is put there where neither side has white space. In a chat the answer is
     encoded by itself after the template's text, without the white space it begins with.
 
     Raises ValueError when the two sides have the same tokens, when the tokenizer changes the text
-    or has no chat template, and, if `needs_label`, when the two labels are not one token each,
-    different ones, at the same position after the same tokens (the last only for one question).
+    or has no chat template, and, if `needs_label`, when the two labels are not one token each, two
+    different tokens and, for one question, at the same position after the same tokens.
     """
     if not pair.question:
         if needs_label:
             raise ValueError("plain texts have no label: read their last position or their mean")
-        return _paired(pair, *(_plain(tokenizer, text) for text in (pair.matching, pair.other)))
+        return _paired(
+            pair, *(_plain(tokenizer, text, form) for text in (pair.matching, pair.other))
+        )
     answers = (pair.matching, pair.other)
     written = [
         write(tokenizer, question, answer, form)
@@ -88,10 +89,10 @@ def encode_pair(
 def encode_contrast(
     tokenizer: Tokenizer, pair: Pair, form: PromptForm, texts: tuple[str, str]
 ) -> PairIds:
-    """Returns the pair's question after one text and after the other, up to the answer's label.
+    """The pair's question after one text and after the other, up to the answer's label.
 
     texts: descriptions of the matching behaviour and of the other, e.g. "You are cautious." They
-    come as a system message in a chat, else as a line before the question. The two sides end with
+    come as the system message in a chat, else as a line before the question. The two sides end with
     the token before the label and have no answers. Raises ValueError as `encode_pair` does.
     """
     if not pair.question:
@@ -114,7 +115,7 @@ def encode_pairs(
     needs_label: bool = True,
     contrast: tuple[str, str] | None = None,
 ) -> list[PairIds]:
-    """Returns `encode_pair` for each pair, or `encode_contrast` if its texts are given.
+    """`encode_pair` for each pair, or `encode_contrast` if its texts are given.
 
     Errors begin with the pair's number, counted from 1.
     """
@@ -126,7 +127,7 @@ def encode_pairs(
 
 
 def map_pairs(pairs: Sequence[Given], act: Callable[[Given], Made]) -> list[Made]:
-    """Returns act(pair) for each pair. Its errors begin with the pair's number, counted from 1."""
+    """The list of act(pair). Its errors begin with the pair's number, counted from 1."""
     made = []
     for number, pair in enumerate(pairs, start=1):
         try:
@@ -137,7 +138,7 @@ def map_pairs(pairs: Sequence[Given], act: Callable[[Given], Made]) -> list[Made
 
 
 def longest(encoded: Sequence[PairIds]) -> list[int]:
-    """Returns the ids of the longest side of all pairs, of which there is at least one."""
+    """The ids of the longest side of all pairs, of which there is at least one."""
     return max((side.ids for pair in encoded for side in pair.sides), key=len)
 
 
@@ -148,17 +149,17 @@ def check_length(n_tokens: int, config: ModelConfig, name: str = "a pair") -> No
 
 
 def balance(encoded: Sequence[PairIds]) -> float | None:
-    """Returns the share of pairs whose matching label is of the option listed first.
+    """The share of pairs whose matching label is that of the option listed first.
 
-    None where no label tells. Far from a half, a vector also encodes a preference for a letter or
-    for a position in the list.
+    None where no label shows it. Far from a half, a vector also encodes a preference for a letter
+    or for a position in the list.
     """
     known = [pair.is_first for pair in encoded if pair.is_first is not None]
     return sum(known) / len(known) if known else None
 
 
-def _plain(tokenizer: Tokenizer, text: str) -> Side:
-    ids = tokenizer.encode(text)
+def _plain(tokenizer: Tokenizer, text: str, form: PromptForm) -> Side:
+    ids = tokenizer.encode(text, special=not form.plain)
     return Side(ids, answer_at=int(ids[:1] == [tokenizer.bos_id]), label_at=None)
 
 
@@ -166,29 +167,27 @@ def _paired(pair: Pair, matching: Side, other: Side) -> PairIds:
     if matching.ids == other.ids:
         raise ValueError("both sides have the same tokens, so their difference is zero everywhere")
     shorter = min(len(matching.ids), len(other.ids))
-    same = (at for at in range(shorter) if matching.ids[at] != other.ids[at])
-    return PairIds(
-        matching, other, n_shared=next(same, shorter), key=pair.key, form=None, is_first=None
-    )
+    differing = (i for i in range(shorter) if matching.ids[i] != other.ids[i])
+    n_shared = next(differing, shorter)
+    return PairIds(matching, other, n_shared, key=pair.key, form=None, is_first=None)
 
 
 def _with_labels(
     tokenizer: Tokenizer, pair: PairIds, written: Sequence[Written], *, same_prompt: bool
 ) -> PairIds:
     """`pair` with its labels; ValueError where they are not as `encode_pair` says."""
-    at, other_at = (label_token(tokenizer, side) for side in written)
+    label_at, other_at = (label_token(tokenizer, side) for side in written)
     label, other_label = (side.text[slice(*side.label())] for side in written)
-    matching = Side(pair.matching.ids, pair.matching.answer_at, at)
+    matching = Side(pair.matching.ids, pair.matching.answer_at, label_at)
     other = Side(pair.other.ids, pair.other.answer_at, other_at)
-    form, other_form = (
-        tokenizer.token_text(side.ids[index]) for side, index in ((matching, at), (other, other_at))
-    )
-    if matching.ids[at] == other.ids[other_at]:
+    form = tokenizer.token_text(matching.ids[label_at])
+    other_form = tokenizer.token_text(other.ids[other_at])
+    if matching.ids[label_at] == other.ids[other_at]:
         raise ValueError(
             f"both answers have the label {quoted(label)}: choose pairs whose answers begin with "
             "different words"
         )
-    if same_prompt and not at == other_at == pair.n_shared:
+    if same_prompt and not label_at == other_at == pair.n_shared:
         raise ValueError(
             f"the labels' tokens {quoted(form)} and {quoted(other_form)} do not follow the same "
             'tokens: write both answers alike up to the label, as in "(A)" and "(B)"'

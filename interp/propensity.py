@@ -1,8 +1,8 @@
 """Propensities of items under many edits, all edits of an item in one pass.
 
-A protocol turns a pair into a text that every edit leaves alone, and continuations of it that are
-edited at every position. The text is fed once; each edit (a tap, a vector, a scale) is one branch
-of it. Propensity is how much the model prefers the matching answer:
+A protocol turns a pair into a text that no edit touches, and continuations of it that are edited at
+every position. The text is fed once; each edit (a tap, a vector, a scale) is one branch of it.
+Propensity is how much the model prefers the matching answer:
 
     paper            logit(matching label) - logit(other label), at the token before the label,
                      which alone is edited                              (arXiv 2604.06483)
@@ -30,7 +30,7 @@ from ..parallel.head_reduce import reduce_head, token_logits
 from .prompts import PairIds, check_length
 
 PROTOCOLS = ("paper", "steering-bench")
-PASS_ROWS = 4096  # of all branches: what one pass holds, about twice over, in every block
+PASS_ROWS = 4096  # of all branches in one pass, which holds about twice as many in every block
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Variants:
-    """E edits, each at one tap, that are tried one by one; a scale of 0 changes nothing."""
+    """E edits, each at one tap, that are tried separately; a scale of 0 changes nothing."""
 
     taps: list[Tap]  # E
     vectors: Tensor  # [n, d]

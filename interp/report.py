@@ -26,7 +26,7 @@ from .slopes import (
 )
 
 FORMATS = (".json", ".png")
-# Outside these, what is measured may be something else than steerability.
+# Outside these, the measurement may be of something else than steerability.
 BALANCED = (0.4, 0.6)
 ROOM = (0.05, 0.95)
 
@@ -50,7 +50,7 @@ class SteerabilityReport:
     form: str  # the answer label's token as the tokenizer cut it; several joined by ", "
     n_train: int  # pairs the vectors were made from; 0: unknown
     unit: str  # one of UNITS: what multiplier 1 means
-    accessibility: list[float] | None  # [n_layers]: what the layer was suggested by
+    accessibility: list[float] | None  # [n_layers]: the layer was suggested by it
     suggested: Tap | None
     warnings: list[str]
     seed: int = 0  # of the bootstrap
@@ -258,7 +258,7 @@ def check_format(path: Path) -> None:
 
 
 def checks(balance: float | None, accuracy: float) -> list[str]:
-    """Reasons why the items make the slopes say less than they seem to, one sentence each.
+    """Reasons why, on these items, the slopes say less than they seem to, one sentence each.
 
     balance: share of items that list the matching answer first. accuracy: share of items in which
     it wins unsteered.

@@ -56,7 +56,7 @@ def slopes_table(report: SteerabilityReport) -> Table:
 def layer_map(report: SteerabilityReport, point: str | None = None) -> Table:
     """How far each multiplier moves the mean propensity from the unsteered one, layer by layer.
 
-    point: the best tap's unless another is named. Deeper layers stand higher. Where 0 is not among
+    point: the best tap's unless another is named. Deeper layers come first. Where 0 is not among
     the multipliers, changes are from the one nearest to it. Raises ValueError for a point that was
     not steered.
     """

@@ -10,7 +10,7 @@ With propensities y[n, k] of N examples at K multipliers m[k]:
 Slopes of single examples, and the share of them that are negative ("anti-steerable"), are from Tan
 et al. 2024 (steering-bench); least squares on the mean curve, with R², is the definition of arXiv
 2604.06483. A least-squares slope is linear in the curve, so the mean of the b[n] is the slope of
-the mean curve: one number serves both, and only what is said of its spread differs.
+the mean curve: one number serves both, and only the statistics of its spread differ.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Interval = tuple[float, float, float]  # mean, low, high
 MULTIPLIERS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 RESAMPLES = 10_000
 QUANTILES = (0.025, 0.975)  # a 95% interval
-# Draws that lie in memory at a time: 8 MiB of them, whatever the number of examples up to that.
+# Draws held in memory at once: 8 MiB, unless there are more examples than that.
 DRAWS = 1 << 20
 
 
@@ -157,7 +157,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def _ranks(values: Floats) -> Floats:
-    """Ranks from 1; equal values get the mean of the ranks they take up."""
+    """Ranks from 1; equal values get the mean of the ranks that they span."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
@@ -166,14 +166,14 @@ def _ranks(values: Floats) -> Floats:
 def _slopes(curves: Floats, multipliers: Floats) -> Floats:
     """Least-squares slopes of curves [..., K]."""
     centred = multipliers - multipliers.mean()
-    # The start of a curve is taken off first, so that a flat one has slope 0 and no rounding
+    # The start of a curve is subtracted first, so that a flat curve has slope 0 and no rounding
     # error, whose sign would count as anti-steerable.
     return np.asarray((curves - curves[..., :1]) @ centred / (centred @ centred))
 
 
 def _r_squared(curve: Floats, multipliers: Floats) -> float:
-    """The variance of a curve [K] along its line over its variance."""
-    if np.ptp(curve) == 0:  # its mean may be off by a rounding error: ask before taking it off
+    """The share of a curve's variance [K] that lies along its line."""
+    if np.ptp(curve) == 0:  # tested before the mean, which may round, is subtracted
         return 0.0
     around, steps = curve - curve.mean(), multipliers - multipliers.mean()
     along = float(_slopes(curve, multipliers)) ** 2 * float(steps @ steps)
@@ -189,9 +189,9 @@ def _intervals(values: Floats, seed: int) -> Floats:
     generator = np.random.default_rng(seed)
     centres = values.mean(axis=1, keepdims=True)
     moved = np.empty((n_rows, RESAMPLES))
-    at_a_time = max(1, DRAWS // n_values)
-    for start in range(0, RESAMPLES, at_a_time):
-        n_draws = min(at_a_time, RESAMPLES - start)
+    block = max(1, DRAWS // n_values)
+    for start in range(0, RESAMPLES, block):
+        n_draws = min(block, RESAMPLES - start)
         drawn = generator.integers(n_values, size=(n_draws, n_values))
         drawn += n_values * np.arange(n_draws)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=n_draws * n_values)

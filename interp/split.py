@@ -1,4 +1,4 @@
-"""Pairs cut in two, so that a vector is never measured on questions that it was made from."""
+"""Pairs split in two, so that a vector is never measured on questions that it was made from."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ _OPTION_MARK = re.compile(r"^\s*(?:\(\w\):?|\w[.:)])(?=\s|$)")
 def split_pairs(
     pairs: Sequence[SomePair], share: float, seed: int
 ) -> tuple[list[SomePair], list[SomePair]]:
-    """Returns `pairs` shuffled by `seed` and cut in two, the first part about `share` of them.
+    """`pairs` shuffled by `seed` and split in two, the first part about `share` of them.
 
-    Pairs that ask the same question, be it with its options in another order, stay together. The
+    Pairs that ask the same question, even with its options in another order, stay together. The
     parts depend on the texts and the seed, not on the order of `pairs`. Raises ValueError when a
     part would be empty.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share of pairs for the first part is {share}; it is between 0 and 1")
-    groups = sorted(_groups(pairs), key=lambda group: _shuffle_key(group, seed))
+    clusters = sorted(_clusters(pairs), key=lambda cluster: _shuffle_key(cluster, seed))
     first: list[SomePair] = []
     second: list[SomePair] = []
-    for group in groups:
-        # A group goes where it leaves the first part nearer to its size.
-        fits = len(first) + len(group) / 2 <= share * len(pairs)
-        (first if fits else second).extend(group)
+    for cluster in clusters:
+        # A cluster goes where it leaves the first part nearer to its size.
+        fits = len(first) + len(cluster) / 2 <= share * len(pairs)
+        (first if fits else second).extend(cluster)
     if not first or not second:
         raise ValueError(
-            f"{len(pairs)} pairs with {len(groups)} different questions cannot be split {share:g} "
-            f"to {1 - share:g}; give more questions, or another share"
+            f"{len(pairs)} pairs with {len(clusters)} different questions cannot be split "
+            f"{share:g} to {1 - share:g}; give more questions, or another share"
         )
     return first, second
 
 
-def _groups(pairs: Sequence[SomePair]) -> list[list[SomePair]]:
-    """The pairs that share a question, directly or by way of others."""
+def _clusters(pairs: Sequence[SomePair]) -> list[list[SomePair]]:
+    """The pairs in clusters that share a question, directly or by way of others."""
     parent: dict[object, object] = {}
 
     def root(subject: object) -> object:
@@ -55,10 +55,10 @@ def _groups(pairs: Sequence[SomePair]) -> list[list[SomePair]]:
         first, *others = _subjects(pair)
         for other in others:
             parent[root(other)] = root(first)
-    groups = defaultdict(list)
+    clusters = defaultdict(list)
     for pair in pairs:
-        groups[root(_subjects(pair)[0])].append(pair)
-    return list(groups.values())
+        clusters[root(_subjects(pair)[0])].append(pair)
+    return list(clusters.values())
 
 
 def _subjects(pair: Pair) -> list[object]:
@@ -74,7 +74,7 @@ def _without_order(question: str) -> tuple[str, ...]:
     return tuple(sorted(filter(None, (" ".join(line.split()) for line in lines))))
 
 
-def _shuffle_key(group: Sequence[Pair], seed: int) -> bytes:
-    """A key that sorts groups into an order that only their texts and the seed decide."""
-    name = min(pair.key for pair in group)
+def _shuffle_key(cluster: Sequence[Pair], seed: int) -> bytes:
+    """A key that sorts clusters into an order that only their texts and the seed decide."""
+    name = min(pair.key for pair in cluster)
     return hashlib.sha256(f"{seed} {name}".encode()).digest()

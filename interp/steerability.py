@@ -1,8 +1,8 @@
 """Steerability: how far the answers to pairs follow a vector, as a curve with a slope.
 
 Every vector is tried at its tap, one tap at a time, at several multipliers, on items that it was
-not made from, and beside it a random vector of equal norm. `propensity.py` says what is measured,
-`slopes.py` what becomes of it.
+not made from, and beside it a random vector of equal norm. `propensity.py` defines what is
+measured, `slopes.py` the statistics of it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from ..engine.vector_checks import check_unit
 from ..engine.vectors import SteeringVectors
 from ..model.points import Layers
 from ..model.transformer import Transformer
-from ..tokenizer.spans import quoted
 from ..tokenizer.tokenizer import Tokenizer
 from .extract import OnProgress
-from .labels import PromptForm
+from .labels import PromptForm, quoted
 from .pairs import Pair
 from .prompts import PairIds, balance, encode_pairs, map_pairs
 from .propensity import PROTOCOLS, Item, Variants, propensities
@@ -34,10 +33,10 @@ from .suggest import Suggestion, suggest
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried of each vector, and how its effect is measured.
+    """The multipliers at which each vector is tried, and how its effect is measured.
 
-    multipliers: at least two different ones. protocol: one of PROTOCOLS. unit: what multiplier 1
-    adds, the "vector" or as much as the states there are long on average ("resid_norm"). seed: of
+    multipliers: at least two different numbers. protocol: one of PROTOCOLS. unit: what multiplier 1
+    adds, the "vector", or a vector of the mean norm of the states there ("resid_norm"). seed: of
     the random vectors and of the bootstrap. Raises ValueError for anything else.
     """
 
@@ -99,7 +98,7 @@ def steerability_encoded(
 ) -> SteerabilityReport:
     """`steerability` of all `vectors`, which must fit the model, on pairs with labels.
 
-    suggestion: one that was made before; default that of the pairs that are measured.
+    suggestion: as made before; default that of the pairs that are measured.
     """
     held_out = _held_out(encoded, vectors)
     items = map_pairs(held_out, lambda pair: Item.of(pair, sweep.protocol))

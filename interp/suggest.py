@@ -1,14 +1,14 @@
 """A layer to steer, suggested by the lens before anything is steered.
 
-Where the lens of a layer already tells the answers of a question apart, a direction for them is
-there to be moved (Billa 2026, arXiv 2604.15557, who measures it for concepts with a known right
-answer). A behaviour has none, so here a layer's accessibility is how far apart its lens holds the
-two answers, in nats, under the lens of `resid_post`:
+Where the lens of a layer already tells the answers of a question apart, the layer has a direction
+for them that can be moved (Billa 2026, arXiv 2604.15557, who measures it for concepts with a known
+right answer). A behaviour has none, so here a layer's accessibility is how far apart the lens of
+its `resid_post` holds the two answers, in nats:
 
     accessibility = mean over pairs of |log p(one label) - log p(the other)|   before the label
 
-The suggestion is the first layer within a tenth of the largest: of layers that are alike, the one
-with most blocks after it to act on the change.
+The suggestion is the first layer within a tenth of the largest: among layers that are alike, it has
+the most blocks after it to act on the change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..model.transformer import Transformer
 from ..parallel.head_reduce import token_logits
 from .prompts import PairIds, check_length
 
-MOST_PAIRS = 64  # that are looked at: enough for a mean
+MOST_PAIRS = 64  # pairs that are read: enough for a mean
 OF_THE_LARGEST = 0.9
 
 

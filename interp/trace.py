@@ -1,4 +1,4 @@
-"""The readings of a lens: per position and tap, the likeliest tokens and how sure the model was."""
+"""The trace of a lens: per position and tap, the likeliest tokens and how sure the model was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..model.points import Tap, check_point
 from .trace_files import check_format, write_html, write_parquet, write_png
 from .trace_grid import Cell, Grid, tap_labels, visible
 
-# what reading a dict of other content raises
+# the exceptions that reading a dict of other content raises
 MALFORMED = (
     AttributeError,
     KeyError,
@@ -37,8 +37,8 @@ MALFORMED = (
 class Trace:
     """Lens of one text: T positions, P taps, k candidates. Tensors lie on the CPU.
 
-    A position's prediction is about the token after it; `targets` is the id that
-    target_logprob and target_rank speak of, -1 (and NaN, -1 there) where there is none.
+    A position's prediction is about the token after it; `targets` holds the ids of target_logprob
+    and target_rank, -1 (and NaN, -1 there) where there is none.
     """
 
     taps: tuple[Tap, ...]  # P (layer, point) pairs
@@ -89,7 +89,7 @@ class Trace:
         return self.names.get(token_id, f"<{token_id}>")
 
     def token_at(self, position: int) -> str:
-        """Text of the token that stands at an absolute position."""
+        """Text of the token at an absolute position."""
         return self.text_of(self.input_ids[position])
 
     def target_text(self, index: int) -> str:
@@ -129,7 +129,7 @@ class Trace:
     def columns(self) -> dict[str, list[Any]]:
         """A table of T · P · k rows, one per position, tap and candidate.
 
-        `candidate` counts from 0, the likeliest; what is said of a tap or position is repeated.
+        `candidate` counts from 0, the likeliest; the values of a tap or position are repeated.
         """
         n_positions, n_taps, k = self.token_ids.shape
         ids = self.token_ids.flatten().tolist()

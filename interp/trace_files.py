@@ -17,7 +17,7 @@ FORMATS = (".json", ".html", ".png", ".parquet")
 # the packages that a format needs, and the extras that have them
 NEEDS = {".png": ("matplotlib", "plot"), ".parquet": ("pyarrow", "parquet")}
 
-# A picture of more positions than this has no room for their tokens.
+# A picture with more positions than this has no room for their tokens.
 PNG_POSITIONS = 60
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>

@@ -1,4 +1,4 @@
-"""What pictures and tables of a Trace show: taps down, positions across, a cell for each."""
+"""The content of pictures and tables of a Trace: taps down, positions across, a cell for each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Grid:
     """Cells of P taps at T positions, with texts whose control characters are made visible."""
 
     labels: list[str]  # P, of the taps
-    tokens: list[str]  # T, that stand at the positions
+    tokens: list[str]  # T, at the positions
     targets: list[str]  # T, "" where there is none
     cells: list[list[Cell]]  # [P][T]
 

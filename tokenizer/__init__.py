@@ -1,16 +1,13 @@
 """Text to token ids and back, where tokens stand in a text, and chat templates."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from ..kernels.lazy_imports import lazy_package
 
-__all__ = ["Tokenizer"]
-
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
-else:
-    _HOMES = {
-        "Tokenizer": ".tokenizer",
-    }
-    sys.modules[__name__].__class__ = lazy_package(_HOMES)
+    from .encoding import Encoded as Encoded
+    from .encoding import Span as Span
+    from .gguf_vocabulary import gguf_tokenizer as gguf_tokenizer
+    from .tokenizer import Tokenizer as Tokenizer
+
+lazy_package(__name__)

@@ -1,24 +1,31 @@
 """Chat templates: the jinja2 programs that come with a model, run in a sandbox.
 
 A template is a stranger's program. It sees plain data only, cannot reach attributes with an
-underscore nor change what it is given, and whatever it does wrong ends in a ValueError of one line.
+underscore nor change what it is given, has bounds on memory and time, and whatever it does wrong
+ends in a ValueError of one line.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+
+from .template_environment import BoundedEnvironment
+
+MOST_INDENT = 64  # of JSON
+MOST_FORMAT = 200  # characters of a date's format
+MOST_REASON = 300  # characters of an error that a template chose
 
 
 class ChatTemplate:
@@ -47,19 +54,79 @@ class ChatTemplate:
         given = {"tools": None, "documents": None, **self.special_tokens, **variables}
         data = _plain_data({**given, "messages": _checked(messages)})
         data["add_generation_prompt"] = add_generation_prompt
+        environment = self._environment
         try:
-            return self._template.render(data)
+            with environment.bounded(data):
+                return self._template.render(data)
         except Exception as error:
             raise self._failure(error) from error
 
     @cached_property
+    def _environment(self) -> BoundedEnvironment:
+        return _environment()
+
+    @cached_property
     def _template(self) -> Template:
-        return _environment().from_string(self.source)
+        return self._environment.from_string(self.source)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names of variables that the template reads. ValueError for a broken template."""
+        try:
+            return frozenset(meta.find_undeclared_variables(self._environment.parse(self.source)))
+        except Exception as error:
+            raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> ValueError:
-        reason = " ".join(str(error).split()) or "no reason given"
+        reason = visible(str(error)[: 4 * MOST_REASON])[:MOST_REASON] or "no reason given"
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         return ValueError(f"the chat template of {self._origin} failed: {kind}{reason}")
+
+
+class Shield:
+    """Covers names of special tokens in messages, so that they come out of a template as text.
+
+    Each is replaced by digits that no message holds, which templates pass on unchanged.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        longest_first = sorted(names, key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._covered: list[str] = []
+        self._key = ""
+
+    @property
+    def is_used(self) -> bool:
+        return bool(self._covered)
+
+    def cover(self, messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The messages with all their texts but the roles covered."""
+        written = json.dumps(_plain_data({"messages": list(messages)}), ensure_ascii=False)
+        candidates = (str(seed * 7_654_321_012_345_678_901) for seed in itertools.count(1))
+        self._key = next(key for key in candidates if key not in written)
+        return [
+            {k: v if k == "role" else self._cover(v) for k, v in message.items()}
+            if isinstance(message, Mapping)
+            else message
+            for message in messages
+        ]
+
+    def uncover(self, text: str) -> str:
+        """A part of the template's text with the names back in it."""
+        return re.sub(
+            rf"{self._key}(\d{{6}})", lambda match: self._covered[int(match.group(1))], text
+        )
+
+    def _cover(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._names.sub(self._cover_name, value)
+        if isinstance(value, Mapping):
+            return {key: self._cover(inner) for key, inner in value.items()}
+        return [self._cover(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    def _cover_name(self, match: re.Match[str]) -> str:
+        self._covered.append(match.group())
+        return f"{self._key}{len(self._covered) - 1:06d}"
 
 
 def find_chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
@@ -72,15 +139,21 @@ def find_chat_template(directory: Path, settings: Mapping[str, Any]) -> str | No
     if file.is_file():
         return file.read_text(encoding="utf-8")
     found = settings.get("chat_template")
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found}
-        found = named.get("default")
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        named = [entry for entry in found if entry.get("name") == "default"]
+        found = named[-1].get("template") if named else None
     if found is not None and not isinstance(found, str):
         raise ValueError(
             f"{directory / 'tokenizer_config.json'}: chat_template is neither text nor a list "
             "of named templates"
         )
     return found
+
+
+def visible(text: str) -> str:
+    """`text` on one line, with control characters as escapes."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 class _GenerationBlock(Extension):
@@ -94,45 +167,36 @@ class _GenerationBlock(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-class _GuardedNamespace(Namespace):
-    """jinja2's `namespace`, which would take a name with an underscore from a template."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        names = dict(*rest, **kwargs)
-        for name in names:
-            _refuse_underscore(name)
-        Namespace.__init__(self, names)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscore(name)
-        super().__setitem__(name, value)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    environment.globals["namespace"] = _GuardedNamespace
     return environment
 
 
+@pass_environment
 def _tojson(
+    environment: BoundedEnvironment,
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     """JSON as the model was trained on it: jinja2's own filter escapes `<`, `>`, `&` and quotes."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    if (len(indent) if isinstance(indent, str) else indent or 0) > MOST_INDENT:
+        raise SecurityError(f"it indents by more than {MOST_INDENT}")
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if indent is None and separators is None:
+        return encoder.encode(value)
+    return environment.concat(encoder.iterencode(value))  # counted as it grows
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -140,18 +204,15 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(format: str) -> str:
+    if len(format) > MOST_FORMAT:
+        raise SecurityError(f"it gives strftime_now more than {MOST_FORMAT} characters")
     return datetime.now().strftime(format)
 
 
-def _refuse_underscore(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a template may not set {name!r} on a namespace")
-
-
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    for place, message in enumerate(messages):
+    for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
-            raise ValueError(f"message {place} of the chat must be a mapping with a role")
+            raise ValueError(f"message {number} of the chat must be a mapping with a role")
     return [dict(message) for message in messages]
 
 

@@ -1,140 +1,125 @@
-"""What the tokenizer files of a model directory hold, whichever of three kinds they are."""
+"""The files of a model directory from which its tokenizer is read.
+
+A `tokenizer.json` goes first, as with transformers; then the `tokenizer.model`, Meta's rank file or
+a sentencepiece model; then `vocab.json` with `merges.txt`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from .bpe import (
-    AddedToken,
-    is_byte_level,
-    is_rank_file,
-    llama3_specials,
-    read_added_tokens,
-    read_byte_level,
-    read_rank_file,
-)
+from .added import AddedToken, configured_tokens, named_tokens
+from .encoding import Encoder
+from .hugging_face import HuggingFaceEncoder
 from .json_file import read_json
-from .spm import read_sentencepiece
+from .rank_file import RankFileEncoder, is_rank_file
+from .split_rules import byte_level_spec
+from .spm import SentencePieceEncoder
+
+# The rule by which a directory of vocab.json and merges.txt splits text: of its tokenizer's class,
+# or else of its model's type.
+_RULE_OF_CLASS = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
+_RULE_OF_MODEL = {"qwen2": "qwen2", "qwen3": "qwen2"}
 
 
-class Encoder(Protocol):
-    """Ordinary text to ids; `pieces` gives the bytes of each id that ordinary text can have."""
-
-    @property
-    def pieces(self) -> Mapping[int, bytes]: ...
-    @property
-    def drops_leading_space(self) -> bool: ...
-    def encode(self, text: str, *, at_start: bool) -> list[int]: ...
-    def encode_bare(self, text: str) -> list[int]: ...
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Returns the contents of `special_tokens_map.json`, overlaid with `tokenizer_config.json`."""
+    return {
+        **_optional_json(directory / "special_tokens_map.json"),
+        **_optional_json(directory / "tokenizer_config.json"),
+    }
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the files of a directory hold; the ids and the rule are what they say by themselves."""
-
-    encoder: Encoder
-    added: Sequence[AddedToken]
-    control: Mapping[str, int] = field(default_factory=dict)
-    bos_id: int | None = None
-    eos_id: int | None = None
-    adds_bos: bool = False
-
-
-def read_vocabulary(directory: Path, settings: Mapping[str, Any]) -> Vocabulary:
+def read_encoder(directory: Path, settings: Mapping[str, Any]) -> Encoder:
     """Returns the vocabulary of a directory whose `tokenizer_config.json` holds `settings`.
 
     Raises ValueError, naming the file and what to do, for files that are missing, broken or not
     supported.
     """
-    json_file, model_file = directory / "tokenizer.json", directory / "tokenizer.model"
-    spec = read_json(json_file) if json_file.is_file() else None
-    if spec is not None and is_byte_level(spec):
-        return _from_json(spec, settings, json_file)
-    if model_file.is_file():
-        with model_file.open("rb") as file:
+    config_path = directory / "tokenizer_config.json"
+    configured = configured_tokens(settings, config_path)
+    json_path, model_path = directory / "tokenizer.json", directory / "tokenizer.model"
+    if _is_there(json_path):
+        return HuggingFaceEncoder(read_json(json_path), configured, path=json_path)
+    added = _with_named(configured, directory, settings)
+    if model_path.is_file():
+        with model_path.open("rb") as file:
             head = file.read(4096)
         if is_rank_file(head):
-            return _from_rank_file(model_file, settings)
-        return _from_sentencepiece(model_file, settings, spec)
-    if spec is not None:
-        kind = (spec.get("model") or {}).get("type")
-        raise ValueError(
-            f"{json_file}: not byte-level BPE (model type {kind!r}); put the sentencepiece "
-            "tokenizer.model beside it"
+            return RankFileEncoder(model_path, added)
+        return SentencePieceEncoder(
+            model_path.read_bytes(),
+            added,
+            spaced=settings.get("legacy") is True,
+            adds_bos=_flag(settings, "add_bos_token", True, config_path),
+            adds_eos=_flag(settings, "add_eos_token", False, config_path),
+            path=model_path,
         )
+    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        return _from_merges(directory, settings, added)
     raise ValueError(
-        f"{directory}: no tokenizer.json and no tokenizer.model; fetch one of them from the model"
+        f"{directory}: no tokenizer.json, no tokenizer.model, and no vocab.json with merges.txt; "
+        "fetch one of them from the model"
     )
-
-
-def _from_json(spec: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> Vocabulary:
-    added = _with_configured(read_added_tokens(spec, path=path), settings, path)
-    encoder = read_byte_level(spec, added=added, path=path)
-    bos_id = _template_bos(spec, added, settings, path)
-    return Vocabulary(encoder, added, bos_id=bos_id, adds_bos=bos_id is not None)
-
-
-def _from_rank_file(path: Path, settings: Mapping[str, Any]) -> Vocabulary:
-    encoder = read_rank_file(path)
-    configured = _with_configured([], settings, path)
-    taken = {token.id for token in configured}
-    added = configured + [token for token in llama3_specials() if token.id not in taken]
-    first = len(encoder.pieces)
-    return Vocabulary(encoder, added, bos_id=first, eos_id=first + 1, adds_bos=True)
-
-
-def _from_sentencepiece(
-    path: Path, settings: Mapping[str, Any], spec: Mapping[str, Any] | None
-) -> Vocabulary:
-    encoder = read_sentencepiece(path, spec=spec, settings=settings)
-    in_spec = [] if spec is None else read_added_tokens(spec, path=path.with_suffix(".json"))
-    added = _with_configured(in_spec, settings, path)
-    return Vocabulary(
-        encoder,
-        [token for token in added if encoder.control.get(token.content) != token.id],
-        control=encoder.control,
-        bos_id=encoder.bos_id,
-        eos_id=encoder.eos_id,
-        adds_bos=encoder.bos_id is not None,
-    )
-
-
-def _with_configured(
-    tokens: list[AddedToken], settings: Mapping[str, Any], path: Path
-) -> list[AddedToken]:
-    """`tokens` and those that only `tokenizer_config.json` adds to the vocabulary."""
-    known = {token.id for token in tokens}
-    listed = settings.get("added_tokens_decoder") or {}
-    config = path.with_name("tokenizer_config.json")
-    return tokens + [
-        AddedToken.from_entry(int(id), entry, path=config)
-        for id, entry in listed.items()
-        if int(id) not in known
-    ]
-
-
-def _template_bos(
-    spec: Mapping[str, Any], added: Sequence[AddedToken], settings: Mapping[str, Any], path: Path
-) -> int | None:
-    """The id that the post-processor puts before a text, if it does."""
-    part = spec.get("post_processor") or {}
-    steps = part.get("processors") or [part]
-    starts = [
-        s["single"][0] for s in steps if s.get("type") == "TemplateProcessing" and s["single"]
-    ]
-    name = (starts[0].get("SpecialToken") or {}).get("id") if starts else None
-    if name is None:
-        return None
-    bos = token_name(settings.get("bos_token", name))
-    ids = {token.content: token.id for token in added}
-    if name != bos or name not in ids:
-        raise ValueError(f"{path}: texts begin with {name!r} there, but the bos_token is {bos!r}")
-    return ids[name]
 
 
 def token_name(value: Any) -> str | None:
-    """Returns the text of a token that a file names by a string or by a mapping."""
-    return value.get("content") if isinstance(value, Mapping) else value
+    """Returns the text of a token that a file names by a string or by a mapping; None for none."""
+    text = value.get("content") if isinstance(value, Mapping) else value
+    return text if isinstance(text, str) and text else None
+
+
+def _from_merges(
+    directory: Path, settings: Mapping[str, Any], added: list[AddedToken]
+) -> HuggingFaceEncoder:
+    name = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    model_type = _optional_json(directory / "config.json").get("model_type")
+    rule = _RULE_OF_CLASS.get(name) or (None if name else _RULE_OF_MODEL.get(str(model_type)))
+    path = directory / "merges.txt"
+    if rule is None:
+        raise ValueError(
+            f"{path}: how it splits text is not known (tokenizer_class {name!r}, model_type "
+            f"{model_type!r}); put the model's tokenizer.json beside it"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; fetch the file again") from None
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    spec = byte_level_spec(rule, read_json(directory / "vocab.json"), merges, added=())
+    return HuggingFaceEncoder(spec, added, path=path)
+
+
+def _with_named(
+    configured: list[AddedToken], directory: Path, settings: Mapping[str, Any]
+) -> list[AddedToken]:
+    """The configured tokens, and those that only `added_tokens.json` has."""
+    path = directory / "added_tokens.json"
+    listed = settings.get("additional_special_tokens") or []
+    values = [*settings.values(), *(listed if isinstance(listed, list) else [])]
+    special = {token_name(value) for value in values}
+    known = {token.content for token in configured}
+    return configured + [
+        AddedToken(token.id, token.content, special=token.content in special)
+        for token in named_tokens(_optional_json(path), path)
+        if token.content not in known
+    ]
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    """Contents of a file that need not be there."""
+    return read_json(path) if _is_there(path) else {}
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has that name, be it a link to nothing: that is no reason to do without."""
+    return path.exists() or path.is_symlink()
+
+
+def _flag(settings: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:
+    value = settings.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{path}: {name} is {value!r}, not true or false")
+    return default if value is None else value

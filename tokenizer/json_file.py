@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file holds. Raises ValueError naming a file that is missing or broken."""
+    """The object that a file holds.
+
+    Raises ValueError naming a file that is missing, no regular file, or broken.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path} is not a regular file; put the model's own file there")
+        text = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        content = json.loads(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deep to be read as JSON") from None
     except ValueError as error:
         raise ValueError(
             f"{path}: cannot be read as JSON, broken json ({error}); fetch the file again"

@@ -1,104 +1,88 @@
 """Sentencepiece vocabularies: a `tokenizer.model` of Llama 2 and its kin, run by sentencepiece.
 
-A model file says itself what becomes of white space, and a `tokenizer.json` beside it may say
-otherwise; the latter is what the model's users run, so it wins. Sentencepiece reads its options
-from the file alone: an option is changed by appending a few bytes, since of a protobuf field that
-occurs twice the last one counts.
+Sentencepiece reads its options from the model file alone: an option is changed by appending a few
+bytes, since of a protobuf field that occurs twice the last one counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
-SPACE = "\u2581"
+from .added import AddedToken, AddedTokens
+from .encoding import SPACE, Encoded, Span, check_length, library_errors
 
 _NORMALIZER_SPEC = 3
 _ADD_DUMMY_PREFIX = 3
 _REMOVE_EXTRA_WHITESPACES = 4
 
 
-@dataclass(frozen=True)
-class SpaceRule:
-    """Where a space is put before text, and whether spaces are kept as they are written.
-
-    prefix: "always" (before each stretch between special tokens), "first" (only at the start of
-    the text) or "never". doubles: text that begins with a space gets another. keeps: runs of spaces
-    are kept; if not, they are left to the model file.
-    """
-
-    prefix: str = "always"
-    doubles: bool = True
-    keeps: bool = False
-
-
 class SentencePieceEncoder:
-    """Turns ordinary text into ids.
+    """A vocabulary of sentencepiece and the tokens added to it; see `Encoder`.
 
-    `pieces` gives the bytes of each id; `control` the ids of the tokens that no text can give
-    (<s>, </s>, <unk>), by name.
+    spaced: whether every stretch between added tokens begins with the space that the model file
+    puts before a text, as transformers did up to 4.33 and does under "legacy". Else only the text's
+    start has it.
     """
 
-    def __init__(self, proto: bytes, *, rule: SpaceRule, path: Path) -> None:
-        kept = _option(_REMOVE_EXTRA_WHITESPACES, False) if rule.keeps else b""
+    def __init__(
+        self,
+        proto: bytes,
+        configured: Sequence[AddedToken],
+        *,
+        spaced: bool,
+        adds_bos: bool,
+        adds_eos: bool,
+        path: Path | str,
+    ) -> None:
         bare = _option(_ADD_DUMMY_PREFIX, False) + _option(_REMOVE_EXTRA_WHITESPACES, False)
-        self._rule = rule
         self._bare = _load(proto + bare, path=path)
-        self._full = self._bare if rule.prefix == "never" else _load(proto + kept, path=path)
-        self.pieces, self.control = _read_pieces(self._full)
+        self._full = _load(proto, path=path)
+        self._spaced = spaced
+        self.pieces, control = _read_pieces(self._full)
+        added = {**control, **{token.content: token for token in configured}}
+        for token in added.values():
+            if self.pieces.setdefault(token.id, token.content.encode()) != token.content.encode():
+                raise ValueError(
+                    f"{path}: added token {token.content!r} has the id {token.id} of another"
+                )
+        self._added = AddedTokens(added.values(), path=path)
+        self.added = self._added.ids
+        self.special = {text: token.id for text, token in added.items() if token.special}
         self.bos_id = _known(self._full.bos_id())
         self.eos_id = _known(self._full.eos_id())
+        self.before = [self.bos_id] if adds_bos and self.bos_id is not None else []
+        self.after = [self.eos_id] if adds_eos and self.eos_id is not None else []
         self.drops_leading_space = self._full.normalize("a").startswith(SPACE)
 
-    def encode(self, text: str, *, at_start: bool = True) -> list[int]:
-        """Returns the ids of `text`, which begins a text or, not `at_start`, follows a token."""
-        prefixed = at_start or self._rule.prefix == "always"
-        if text.startswith((" ", SPACE)) and not self._rule.doubles:
-            prefixed = False
-        return list((self._full if prefixed else self._bare).encode(text))
+    def encode(self, text: str, *, special: bool, inside: bool) -> Encoded:
+        """Raises ValueError for a text that is too long."""
+        check_length(text)
+        ids, spans = list[int](), list[Span]()
+        for (start, end), id in self._added.split(text, special=special):
+            if id is not None:
+                ids.append(id)
+                spans.append((start, end))
+                continue
+            begins = start == 0 and not inside
+            processor = self._full if begins or self._spaced else self._bare
+            with library_errors("the text cannot be encoded"):
+                found = processor.encode(text[start:end], return_type="offset_mapping")
+            ids += found["ids"]
+            spans += self._characters(found["ids"], found["offsets"], start)
+        return Encoded(ids, spans)
 
-    def encode_bare(self, text: str) -> list[int]:
-        """Returns the ids of `text` with every space of it and no other."""
-        return list(self._bare.encode(text))
-
-
-def read_sentencepiece(
-    path: Path, *, spec: Mapping[str, Any] | None, settings: Mapping[str, Any]
-) -> SentencePieceEncoder:
-    """Returns the encoder of a sentencepiece file.
-
-    `spec` is the `tokenizer.json` beside it and `settings` the `tokenizer_config.json`, which say
-    how white space is treated. Raises ValueError when the file is broken.
-    """
-    return SentencePieceEncoder(path.read_bytes(), rule=_space_rule(spec, settings), path=path)
-
-
-def _space_rule(spec: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> SpaceRule:
-    if spec is None:
-        return SpaceRule(prefix="first" if settings.get("legacy") is False else "always")
-    steps = {step.get("type"): step for step in _all_steps(spec)}
-    keeps = not steps.keys() & {"Strip", "Precompiled"}
-    if "Prepend" in steps:
-        return SpaceRule("always", keeps=keeps)
-    metaspace = steps.get("Metaspace")
-    if metaspace is None:
-        return SpaceRule("never", keeps=keeps)
-    fallback = "always" if metaspace.get("add_prefix_space", True) else "never"
-    scheme = metaspace.get("prepend_scheme", fallback)
-    return SpaceRule(scheme, doubles=not keeps, keeps=keeps)
-
-
-def _all_steps(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The normalisers and pre-tokenizers of a `tokenizer.json`, in one flat list."""
-    steps: list[Mapping[str, Any]] = []
-    for name, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        part = spec.get(name) or {}
-        steps += part.get(inner) or [part]
-    return steps
+    def _characters(self, ids: Sequence[int], offsets: Sequence[Span], start: int) -> list[Span]:
+        """Spans from `start` on. Of a character in bytes, sentencepiece gives the last one all."""
+        spans, end_of_next = list[Span](), 0
+        for id, (first, end) in zip(reversed(ids), reversed(offsets), strict=True):
+            if first == end and self._full.is_byte(id):
+                end = end_of_next
+            spans.append((start + first, start + end))
+            end_of_next = end
+        return spans[::-1]
 
 
 def _option(field: int, value: bool) -> bytes:
@@ -107,7 +91,7 @@ def _option(field: int, value: bool) -> bytes:
     return bytes([_NORMALIZER_SPEC << 3 | 2, len(flag)]) + flag
 
 
-def _load(proto: bytes, *, path: Path) -> sentencepiece.SentencePieceProcessor:
+def _load(proto: bytes, *, path: Path | str) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(proto)
@@ -121,16 +105,17 @@ def _load(proto: bytes, *, path: Path) -> sentencepiece.SentencePieceProcessor:
 
 def _read_pieces(
     processor: sentencepiece.SentencePieceProcessor,
-) -> tuple[dict[int, bytes], dict[str, int]]:
+) -> tuple[dict[int, bytes], dict[str, AddedToken]]:
+    """The bytes of every id, and the tokens that no ordinary text can give (<s>, </s>, <unk>)."""
     pieces: dict[int, bytes] = {}
-    control: dict[str, int] = {}
+    control: dict[str, AddedToken] = {}
     for id in range(processor.get_piece_size()):
         text = processor.id_to_piece(id)
         if processor.is_byte(id):
             pieces[id] = bytes([int(text[3:5], 16)])
         elif processor.is_control(id) or processor.is_unknown(id):
             pieces[id] = text.encode()
-            control[text] = id
+            control[text] = AddedToken(id, text, special=True)
         else:
             pieces[id] = text.replace(SPACE, " ").encode()
     return pieces, control

@@ -28,11 +28,9 @@ from shardlens.interp import (
     extract,
     pair_states,
 )
-from shardlens.model import Transformer
-from shardlens.model.points import POINTS, Tap
-from shardlens.model.source import DEMO
-from shardlens.parallel.group import TensorParallel
-from shardlens.tokenizer.tokenizer import Tokenizer
+from shardlens.model import DEMO, POINTS, Tap, Transformer
+from shardlens.parallel import TensorParallel
+from shardlens.tokenizer import Tokenizer
 
 FOUR_RANKS = dict(vocab_size=1280, num_key_value_heads=4)
 ALL_BUT_PRE, ALL_BUT_POST = POINTS[1:], POINTS[:-1]  # both would name most states twice
@@ -231,7 +229,7 @@ def assert_norms(found: SteeringVectors, tap: Tap, sides: Tensor) -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("at", ["label", "last", "mean"])
 def test_mean_differences(at: str, size: int, case: Case, run_ranks: RunRanks) -> None:
-    """Of answers of one length and of two, after one question and after two, and of plain texts."""
+    """Answers of one length and of two, after one question and after two, and plain texts."""
     pairs = LETTERED if at == "label" else LETTERED + PLAIN
     texts = texts_of(case, pairs)
     found = on_ranks(case, size, run_ranks, pairs, point=ALL_BUT_PRE, at=at)
@@ -282,8 +280,8 @@ CHAT_PAIR = Pair("Sure?\n (A) yes\n (B) no", " (A) I am", " (B)")
 def test_contrast_in_a_chat(name: str, shared_data: Path) -> None:
     """The texts are system messages; both sides end right before the token of the label."""
     tokenizer = Tokenizer.from_directory(shared_data / "tokenizers" / name)
-    own_system = PromptForm(chat=True, system="Be brief.")
-    for form in (PromptForm(chat=True), own_system):
+    with_system = PromptForm(chat=True, system="Be brief.")
+    for form in (PromptForm(chat=True), with_system):
         encoded = encode_contrast(tokenizer, CHAT_PAIR, form, CONTRAST)
         for side, text in zip((encoded.matching, encoded.other), CONTRAST, strict=True):
             messages = [

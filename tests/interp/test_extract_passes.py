@@ -1,4 +1,4 @@
-"""What extraction tells of itself, what it runs and exchanges, and what it refuses."""
+"""The origin, passes, exchanges and refusals of extraction."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from steered import load
 from tolerances import EXTRACTED
 from torch import Tensor
 
-from shardlens.engine.fingerprint import model_fingerprint
-from shardlens.engine.vector_fields import Origin
+from shardlens.engine import Origin, model_fingerprint
 from shardlens.interp import METHODS, Pair, PromptForm, encode_pairs, extract
-from shardlens.model import Transformer
-from shardlens.model.points import POINTS, Tap
-from shardlens.model.source import DEMO
-from shardlens.parallel.group import TensorParallel
-from shardlens.tokenizer.tokenizer import Tokenizer
+from shardlens.model import DEMO, POINTS, Tap, Transformer
+from shardlens.parallel import TensorParallel
+from shardlens.tokenizer import Tokenizer
 
 SINGLE = TensorParallel.single()
 ALL_BUT_PRE, ALL_BUT_POST = POINTS[1:], POINTS[:-1]  # both would name most states twice
@@ -217,7 +214,7 @@ def test_small_gaps(method: str, model: Transformer, tokenizer: Tokenizer) -> No
     assert error.abs().max() <= EXTRACTED * (a - b).abs().max()
 
 
-def test_a_missing_package_is_told_first(
+def test_a_missing_package_is_refused_first(
     fed: list[tuple[int, ...]],
     monkeypatch: pytest.MonkeyPatch,
     model: Transformer,

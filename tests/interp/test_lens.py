@@ -15,13 +15,10 @@ from torch import Tensor
 
 import shardlens
 from shardlens.engine import lens_rows as lens_module
-from shardlens.kernels.head_stats_reference import head_stats_reference
-from shardlens.model import load_weights
-from shardlens.model.points import POINTS, Tap, parse_layers
-from shardlens.model.source import read_config
-from shardlens.model.tap_sink import RowTaps
-from shardlens.parallel import head_reduce as winners_module
-from shardlens.parallel.group import TensorParallel
+from shardlens.kernels import head_stats_reference
+from shardlens.model import POINTS, RowTaps, Tap, load_weights, parse_layers, read_config
+from shardlens.parallel import TensorParallel
+from shardlens.parallel import head_reduce as head_module
 
 TOKEN_IDS = torch.randint(3, 509, (45,), generator=torch.Generator().manual_seed(3)).tolist()
 TOP_K = 7
@@ -70,8 +67,8 @@ def test_against_float64(checkpoint: Path, ranks: int, run_ranks: Any) -> None:
         trace = shardlens.LanguageModel(model).lens(TOKEN_IDS, points=POINTS, top_k=TOP_K)
         exact = oracle(model, checkpoint)
         assert torch.equal(trace.token_ids, exact.order[..., :TOP_K])
-        at_winners = exact.logprobs.gather(-1, trace.token_ids)
-        assert (trace.logprobs - at_winners).abs().max() <= LENS
+        expected = exact.logprobs.gather(-1, trace.token_ids)
+        assert (trace.logprobs - expected).abs().max() <= LENS
         assert (trace.entropy - exact.entropy).abs().max() <= LENS
         assert (trace.kl_to_final - exact.kl_to_final).abs().max() <= LENS
         assert trace.targets.tolist() == [*TOKEN_IDS[1:], -1]
@@ -87,9 +84,9 @@ def test_the_bugs_it_must_catch(checkpoint: Path) -> None:
     """Renormalising over k, skipping the final norm, and KL the other way round all show."""
     model = load(checkpoint, TensorParallel.single())
     exact = oracle(model, checkpoint)
-    winners = exact.logprobs.gather(-1, exact.order[..., :TOP_K])
-    assert (winners.exp().sum(-1) < 1 - EFFECT * LENS).all()
-    assert (winners - winners.log_softmax(-1)).abs().max() > EFFECT * LENS
+    best = exact.logprobs.gather(-1, exact.order[..., :TOP_K])
+    assert (best.exp().sum(-1) < 1 - EFFECT * LENS).all()
+    assert (best - best.log_softmax(-1)).abs().max() > EFFECT * LENS
     reverse = (exact.logprobs.exp() * (exact.logprobs - exact.logprobs[:, -1:])).sum(-1)
     assert (reverse - exact.kl_to_final).abs().max() > EFFECT * LENS
     states = torch.randn(2, 3, model.config.d)
@@ -126,7 +123,7 @@ def test_block_sizes_do_not_matter(
     usual = traced(checkpoint, TensorParallel.single(), targets=7)
     monkeypatch.setattr(lens_module, "DECODED_POSITIONS", decode_block)
     blocked = partial(head_stats_reference, vocab_block=vocab_block, row_block=row_block)
-    monkeypatch.setattr(winners_module, "head_stats", blocked)
+    monkeypatch.setattr(head_module, "head_stats", blocked)
     other = traced(checkpoint, TensorParallel.single(), targets=7)
     for name, value in vars(usual).items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -175,7 +172,7 @@ def test_positions(checkpoint: Path) -> None:
         )
         assert result.trace is not None
         assert result.trace.input_ids == [*prompt, *result.token_ids]
-        following = [result.trace.input_ids[at + 1] for at in result.trace.positions.tolist()]
+        following = [result.trace.input_ids[index + 1] for index in result.trace.positions.tolist()]
         assert result.trace.targets.tolist() == following
         return result.trace.positions.tolist()
 

@@ -1,4 +1,4 @@
-"""What a lens allocates and what it sends, measured."""
+"""Memory that a lens allocates and bytes that it sends, measured."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ import torch
 
 import shardlens
 from shardlens.model import ModelConfig, Transformer, init_weights
-from shardlens.parallel.group import TensorParallel
-from shardlens.parallel.head_reduce import reduce_head
-from shardlens.parallel.spans import split_vocab
-from shardlens.parallel.vocab import VocabHead
+from shardlens.parallel import TensorParallel, VocabHead, reduce_head, split_vocab
 
 
 @pytest.mark.slow

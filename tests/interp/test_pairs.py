@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shardlens.interp import Pair, read_pairs, split_pairs
-from shardlens.model.source import DEMO
+from shardlens.model import DEMO
 
 EVALS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 GOOD = {
@@ -41,7 +41,7 @@ def write_array(path: Path, *records: Any) -> Path:
 
 
 def refusal_of(path: Path) -> str:
-    """What is said of the file, without its name; it is one line."""
+    """The refusal of a file, without its name; it is one line."""
     with pytest.raises(ValueError) as caught:
         read_pairs(path)
     message = str(caught.value)
@@ -107,7 +107,7 @@ def test_questions_without_answers_are_refused(shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_lines, write_array])
-def test_kinds_are_told_by_content_and_may_be_mixed(write: Any, tmp_path: Path) -> None:
+def test_kinds_are_recognised_by_content_and_may_be_mixed(write: Any, tmp_path: Path) -> None:
     listed = {field: [text] for field, text in GOOD.items()}
     other = {**SIDES, "negative": {"prompt": "R?", "response": "(A)"}}
     pairs = read_pairs(write(tmp_path / "any.name", GOOD, listed, SIDES, PLAIN, other))

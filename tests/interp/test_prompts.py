@@ -23,9 +23,8 @@ from shardlens.interp import (
     label_of,
     read_pairs,
 )
-from shardlens.model.source import DEMO
-from shardlens.tokenizer.spans import token_spans
-from shardlens.tokenizer.tokenizer import Tokenizer
+from shardlens.model import DEMO
+from shardlens.tokenizer import Tokenizer
 
 LLAMA2, LLAMA3 = "tokenizers/llama2", "tokenizers/llama3"
 LLAMA31, QWEN3, STORIES = "tokenizers/llama3.1-hf", "tokenizers/qwen3-hf", "stories260K-hf"
@@ -58,7 +57,7 @@ def path_of(directory: str, shared_data: Path) -> Path:
 
 @cache
 def oracle_of(directory: Path) -> tokenizers.Tokenizer:
-    """The same tokenizer in `tokenizers`, told to leave the spaces in its offsets."""
+    """The same tokenizer in `tokenizers`, set to leave the spaces in its offsets."""
 
     def untrimmed(value: Any) -> Any:
         if isinstance(value, list):
@@ -81,9 +80,9 @@ def label_text(tokenizer: Tokenizer, encoded: PairIds) -> tuple[str, str]:
 def test_spans_are_those_of_tokenizers(directory: str, text: str, shared_data: Path) -> None:
     tokenizer = load(path_of(directory, shared_data))
     expected = oracle_of(path_of(directory, shared_data)).encode(text)
-    ids = tokenizer.encode(text)
-    assert ids == expected.ids
-    spans, offsets = token_spans(tokenizer, ids, text), expected.offsets
+    ids, spans = tokenizer.encode_with_spans(text)
+    assert ids == expected.ids == tokenizer.encode(text)
+    offsets = expected.offsets
     if directory == STORIES and text and tokenizer.token_text(ids[1]) == " ":
         # There the space put before a text counts as its first character.
         assert (spans[1], offsets[1]) == ((0, 0), (0, 1))
@@ -96,8 +95,7 @@ def spans_that_spell(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
 
     The first one may have a space more, as the text of a sentencepiece model has.
     """
-    ids = tokenizer.encode(text, bos=False)
-    spans = token_spans(tokenizer, ids, text)
+    ids, spans = tokenizer.encode_with_spans(text, bos=False)
     for index, (id, (start, end)) in enumerate(zip(ids, spans, strict=True)):
         token = tokenizer.token_text(id)
         if token != text[start:end] and "\ufffd" not in token:
@@ -112,36 +110,40 @@ def spans_that_spell(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
 def test_spans_of_a_sentencepiece_model(text: str, shared_data: Path) -> None:
     tokenizer = load(shared_data / LLAMA2)
     spans = spans_that_spell(tokenizer, text)
-    assert token_spans(tokenizer, tokenizer.encode(text), text) == [(0, 0), *spans]
+    assert tokenizer.encode_with_spans(text).spans == [(0, 0), *spans]
 
 
-@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("scheme", ["always", "first", "never", "prepend"])
 def test_spans_wherever_a_space_is_put(scheme: str, shared_data: Path, tmp_path: Path) -> None:
-    shutil.copy(shared_data / STORIES / "tokenizer.model", tmp_path)
-    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
-    added = {"id": 512, "content": "<|end|>", "special": True}
-    for spec in ({"pre_tokenizer": metaspace}, {"normalizer": {"type": "Prepend"}}):
-        content = json.dumps({**spec, "added_tokens": [added]})
-        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
-        tokenizer = Tokenizer.from_directory(tmp_path)
-        for text in ("Lily  ran", " Lily", "  ", "Lily\n"):
-            spans_that_spell(tokenizer, text)
-        text = "Lily<|end|>ran<|end|> x"
-        ids = tokenizer.encode(text, bos=False)
-        spans = token_spans(tokenizer, ids, text)
-        assert [spans[at] for at, id in enumerate(ids) if id == 512] == [(4, 11), (14, 21)]
-        assert "".join(text[start:end] for start, end in spans) == text
-        spaces = [tokenizer.token_text(id)[:1] for id in ids].count(" ")
-        assert spaces == (1 if scheme == "never" and "pre_tokenizer" in spec else spaces)
+    spec = json.loads((shared_data / STORIES / "tokenizer.json").read_text(encoding="utf-8"))
+    if scheme != "prepend":
+        spec["normalizer"] = None
+        spec["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": "\u2581",
+            "prepend_scheme": scheme,
+            "split": False,
+        }
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    spec["added_tokens"].append({"id": 512, "content": "<|end|>", "special": True, **flags})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    for text in ("Lily  ran", " Lily", "  ", "Lily\n"):
+        spans_that_spell(tokenizer, text)
+    text = "Lily<|end|>ran<|end|> x"
+    ids, spans = tokenizer.encode_with_spans(text, bos=False)
+    assert [spans[at] for at, id in enumerate(ids) if id == 512] == [(4, 11), (14, 21)]
+    assert "".join(text[start:end] for start, end in spans) == text
+    spaces = [tokenizer.token_text(id)[:1] for id in ids].count(" ")
+    assert spaces == {"always": 3, "first": 2, "never": 1, "prepend": 4}[scheme]
 
 
 def test_spans_of_text_that_is_composed_first(shared_data: Path) -> None:
     """Spans speak of the text as it was given, although the ids are those of its NFC."""
     tokenizer = load(shared_data / QWEN3)
-    ids = tokenizer.encode(DECOMPOSED)
+    ids, spans = tokenizer.encode_with_spans(DECOMPOSED)
     assert ids == tokenizer.encode(unicodedata.normalize("NFC", DECOMPOSED))
     assert tokenizer.decode(ids) != DECOMPOSED
-    spans = token_spans(tokenizer, ids, DECOMPOSED)
     assert spans[:3] == [(0, 5), (5, 7), (7, 8)]
     spelt = {span: b"" for span in spans}
     for id, span in zip(ids, spans, strict=True):
@@ -152,22 +154,13 @@ def test_spans_of_text_that_is_composed_first(shared_data: Path) -> None:
     assert spans[-1][1] == len(DECOMPOSED)
 
 
-def test_a_changed_text_is_refused(shared_data: Path, tmp_path: Path) -> None:
-    """Without its json the stories' model drops spaces: no span after them would be right."""
+def test_labels_in_a_text_that_the_tokenizer_changes(shared_data: Path, tmp_path: Path) -> None:
+    """Without its json the stories' model drops spaces; spans are of the text as it was given."""
     shutil.copy(shared_data / STORIES / "tokenizer.model", tmp_path)
     tokenizer = load(tmp_path)
-    good = Pair("One two\n(A) x", "(A)", "(B)")
-    assert label_text(tokenizer, encode_pair(tokenizer, good, PLAIN)) == ("A", "B")
-    with pytest.raises(ValueError) as caught:
-        encode_pair(tokenizer, Pair("One  two", "(A)", "(B)"), PLAIN)
-    assert str(caught.value) == (
-        'the tokenizer changes the text: "One  two\\nAnswer: (A)" is read as '
-        '"One two\\nAnswer: (A)"; write the text as the tokenizer does'
-    )
-    with pytest.raises(ValueError, match="changes the text"):
-        encode_pair(tokenizer, Pair("One  two", "(A)", "(B)"), PLAIN, needs_label=False)
-    with pytest.raises(ValueError, match="changes the text"):
-        token_spans(load(shared_data / QWEN3), [1, 2, 3], "abc")
+    for question in ("One two\n(A) x", "One  two", "  One \t  two  "):
+        pair = Pair(question, "(A)", "(B)")
+        assert label_text(tokenizer, encode_pair(tokenizer, pair, PLAIN)) == ("A", "B")
 
 
 FORMS = {
@@ -303,10 +296,10 @@ def test_the_label_is_never_the_space_before_it(shared_data: Path) -> None:
     """The stories' model keeps the space apart before most letters: both prompts then end alike."""
     tokenizer = load(shared_data / STORIES)
     encoded = encode_pair(tokenizer, Pair("Q?", "A", "C"), PLAIN)
-    at = encoded.matching.label_at
-    assert at is not None and at == encoded.matching.answer_at == encoded.n_shared
-    assert tokenizer.token_text(encoded.matching.ids[at - 1]) == " "
-    assert encoded.matching.ids[at - 1] == encoded.other.ids[at - 1]
+    label_at = encoded.matching.label_at
+    assert label_at is not None and label_at == encoded.matching.answer_at == encoded.n_shared
+    assert tokenizer.token_text(encoded.matching.ids[label_at - 1]) == " "
+    assert encoded.matching.ids[label_at - 1] == encoded.other.ids[label_at - 1]
     assert label_text(tokenizer, encoded) == ("A", "C")
     # Before a B it does not, so the two labels stand at different positions.
     with pytest.raises(ValueError, match=r'"A" and " B" do not follow the same tokens'):

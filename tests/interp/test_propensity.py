@@ -29,11 +29,9 @@ from shardlens.interp import (
     propensities,
     propensity,
 )
-from shardlens.model import Transformer
-from shardlens.model.points import POINTS, Tap
-from shardlens.model.source import DEMO
-from shardlens.parallel.group import TensorParallel
-from shardlens.tokenizer.tokenizer import Tokenizer
+from shardlens.model import DEMO, POINTS, Tap, Transformer
+from shardlens.parallel import TensorParallel
+from shardlens.tokenizer import Tokenizer
 
 # The weights of `oracles` are so large that two float32 passes differ by more than the 1e-5 nats
 # that propensities are held to: logits of order 1 keep rounding far below.
@@ -46,9 +44,9 @@ N_STEPS = len(MULTIPLIERS)
 
 def of_ids(prompt: list[int], answers: tuple[list[int], list[int]], label: int) -> PairIds:
     """Answers that are alike up to `label`, which counts from their start."""
-    at = len(prompt) + label
-    sides = [Side([*prompt, *answer], len(prompt), at) for answer in answers]
-    return PairIds(sides[0], sides[1], n_shared=at, key="", form="", is_first=None)
+    label_at = len(prompt) + label
+    sides = [Side([*prompt, *answer], len(prompt), label_at) for answer in answers]
+    return PairIds(sides[0], sides[1], n_shared=label_at, key="", form="", is_first=None)
 
 
 PROMPT = torch.randint(3, 509, (10,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -108,7 +106,7 @@ def variants() -> Variants:
 
 
 @torch.no_grad()
-def by_own_passes(model: Transformer, asked: Asked) -> Tensor:
+def by_whole_passes(model: Transformer, asked: Asked) -> Tensor:
     """[taps, K]: a whole forward pass with an edit table for every text of every variant."""
 
     def logits(ids: list[int], steering: Steering) -> Tensor:
@@ -182,7 +180,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_as_a_pass_for_each_edit(protocol: str, case: str, models: Any) -> None:
     """For all taps and multipliers, by our own forward pass over whole texts."""
     model = models("llama-biases")[2]
-    expected = by_own_passes(model, Asked.of(PAIRS[case], protocol))
+    expected = by_whole_passes(model, Asked.of(PAIRS[case], protocol))
     assert_same(swept(model, PAIRS[case], protocol), expected)
 
 

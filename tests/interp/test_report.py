@@ -26,7 +26,7 @@ from shardlens.interp import (
     summary_lines,
 )
 from shardlens.interp.report import check_format
-from shardlens.model.points import Tap
+from shardlens.model import Tap
 
 SLOPES = (0.1, 0.4, 0.9, 0.6)  # mean slope made up for each of four layers
 

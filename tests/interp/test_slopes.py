@@ -82,7 +82,7 @@ def test_interval_is_about_that_of_scipy(n: int) -> None:
 
 
 def test_interval_covers_the_true_mean() -> None:
-    """Of 300 samples of 40 examples, their slopes gaussian around 0.7."""
+    """300 samples of 40 examples, whose slopes are gaussian around 0.7."""
     generator = np.random.default_rng(4)
     slopes = generator.normal(0.7, 0.5, (300, 40, 1))
     found = summarize_each(slopes * np.array(MULTIPLIERS), MULTIPLIERS)

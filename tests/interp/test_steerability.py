@@ -17,10 +17,8 @@ from tolerances import CHUNKING, EFFECT, LENS
 from torch import Tensor
 
 import shardlens
-from shardlens.bench.shared_weights import as_transformers
-from shardlens.engine import Steering, SteeringVectors
-from shardlens.engine.fingerprint import model_fingerprint
-from shardlens.engine.vector_fields import Origin
+from shardlens.bench.models import as_transformers
+from shardlens.engine import Origin, Steering, SteeringVectors, model_fingerprint
 from shardlens.interp import (
     MULTIPLIERS,
     PROTOCOLS,
@@ -38,10 +36,8 @@ from shardlens.interp import (
     suggest,
 )
 from shardlens.interp.suggest import MOST_PAIRS, OF_THE_LARGEST
-from shardlens.model import ModelConfig, Transformer, init_weights
-from shardlens.model.points import Tap
-from shardlens.model.source import DEMO
-from shardlens.tokenizer.tokenizer import Tokenizer
+from shardlens.model import DEMO, ModelConfig, Tap, Transformer, init_weights
+from shardlens.tokenizer import Tokenizer
 
 N_LAYERS, D = 3, 48
 STEPS = (-1.0, 0.0, 0.5, 2.0)
@@ -417,7 +413,7 @@ Measured = Callable[[str], SteerabilityReport]
 
 @pytest.fixture(scope="module")
 def measured(demo: tuple[Transformer, Tokenizer]) -> Measured:
-    """What a vector of described characters does at layer 2, on questions it was not made from."""
+    """Effects of vectors of described characters at layer 2, on questions not used for them."""
     model, tokenizer = demo
     reports: dict[str, SteerabilityReport] = {}
 

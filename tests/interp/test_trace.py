@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from shardlens.interp import Trace, print_trace
-from shardlens.model.points import Tap
+from shardlens.model import Tap
 
 T, P, K = 3, 2, 4
 TAPS = (Tap(0, "mlp_out"), Tap(1, "resid_post"))
@@ -119,16 +119,16 @@ def test_a_table_has_a_row_per_position_tap_and_candidate(tmp_path: Path) -> Non
     for position in range(T):
         for tap in range(P):
             for candidate in range(K):
-                at = {name: values[row] for name, values in columns.items()}
-                assert (at["position"], at["candidate"]) == (position, candidate)
-                assert Tap(at["layer"], at["point"]) == TAPS[tap]
-                assert at["token_id"] == trace.token_ids[position, tap, candidate]
-                assert at["token"] == NAMES[at["token_id"]]
-                assert at["logprob"] == float(trace.logprobs[position, tap, candidate])
+                found = {name: values[row] for name, values in columns.items()}
+                assert (found["position"], found["candidate"]) == (position, candidate)
+                assert Tap(found["layer"], found["point"]) == TAPS[tap]
+                assert found["token_id"] == trace.token_ids[position, tap, candidate]
+                assert found["token"] == NAMES[found["token_id"]]
+                assert found["logprob"] == float(trace.logprobs[position, tap, candidate])
                 for name in ("entropy", "kl_to_final", "target_rank"):
-                    assert at[name] == float(getattr(trace, name)[position, tap])
-                assert at["target"] == trace.targets[position]
-                assert math.isnan(at["target_logprob"]) == (at["target"] == -1)
+                    assert found[name] == float(getattr(trace, name)[position, tap])
+                assert found["target"] == trace.targets[position]
+                assert math.isnan(found["target_logprob"]) == (found["target"] == -1)
                 row += 1
     assert row == len(columns["token"])
 

@@ -1,261 +1,171 @@
-"""A small trained tokenizer.json: the same ids as `tokenizers`, its rules, and what is refused."""
+"""The files of a directory that a tokenizer is read from, and what they say together."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import cache
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
+import sentencepiece
 
-from shardlens.tokenizer.tokenizer import Tokenizer
+from shardlens.tokenizer import Tokenizer
 
-SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
-CORPUS = [
-    "the cat sat on the mat, and that was that: the end",
-    "naïve café 漢字 漢語 👩‍💻 123 1234",
-] * 3
-TEXTS = [
-    "",
-    " ",
-    "the cat",
-    "  that naïve café\n\n漢字 👩‍💻 12345 thethethe",
-    "<|bos|>the<|bos|><|bos|> end<|eos|>",
-    "<x><xx><xxx>the <|bos|",
-    "cafe\u0301<x>e\u0301",
-]
+from .trained import EVERY_SCRIPT, TEXTS, byte_level_text
+
+LLAMA2, QWEN3 = "tokenizers/llama2", "tokenizers/qwen3-hf"
+CHATML = {"<|im_end|>": 32000, "<|im_start|>": 32001}
 
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-@cache
-def small_spec_text() -> str:
-    """A byte-level tokenizer.json of some 400 tokens, trained by the `tokenizers` library."""
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        min_frequency=1,
-        show_progress=False,
-        special_tokens=["<|bos|>", "<|eos|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    trained.train_from_iterator(CORPUS, trainer)
-    trained.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("<x>", "<xx>")])
-    trained.decoder = tokenizers.decoders.ByteLevel()
-    return str(trained.to_str())
+def write_small(folder: Path, **config: Any) -> None:
+    (folder / "tokenizer.json").write_text(byte_level_text(), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)
 
 
-@pytest.fixture
-def spec() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(small_spec_text())
-    return loaded
-
-
-def template(name: str, id: int) -> dict[str, Any]:
-    first = [{"SpecialToken": {"id": name, "type_id": 0}}] if name else []
-    return {
-        "type": "TemplateProcessing",
-        "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {name: {"id": name, "ids": [id], "tokens": [name]}} if name else {},
-    }
-
-
-@pytest.mark.parametrize(
-    "normalizer", [None, {"type": "Sequence", "normalizers": []}, {"type": "NFC"}]
-)
-@pytest.mark.parametrize("gpt2_pattern", [False, True])
-def test_a_trained_tokenizer_agrees_with_tokenizers(
-    gpt2_pattern: bool, normalizer: Any, spec: dict[str, Any], tmp_path: Path
-) -> None:
-    spec["normalizer"] = normalizer
-    if gpt2_pattern:
-        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        spec["pre_tokenizer"] = json.loads(byte_level.__getstate__())
-    write_json(tmp_path / "tokenizer.json", spec)
-    tokenizer = Tokenizer.from_directory(tmp_path)
-    oracle = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert tokenizer.n_vocab == oracle.get_vocab_size()
-    for text in TEXTS + CORPUS:
-        ids = tokenizer.encode(text)
-        assert ids == oracle.encode(text).ids, text
-        assert tokenizer.decode(ids) == oracle.decode(ids)
-        assert tokenizer.decode(ids, skip_special=False) == oracle.decode(
-            ids, skip_special_tokens=False
-        )
-
-
-def test_merges_as_strings_and_as_pairs_are_the_same(spec: dict[str, Any], tmp_path: Path) -> None:
-    ids = []
-    for form in (lambda pair: list(pair), " ".join):
-        spec["model"]["merges"] = [
-            form(merge.split(" ") if isinstance(merge, str) else merge)
-            for merge in spec["model"]["merges"]
-        ]
-        write_json(tmp_path / "tokenizer.json", spec)
-        ids.append(Tokenizer.from_directory(tmp_path).encode(CORPUS[0]))
-    assert ids[0] == ids[1] and len(ids[0]) < len(CORPUS[0])
-
-
-@pytest.mark.parametrize("in_sequence", [False, True])
-@pytest.mark.parametrize(
-    ("post", "add_bos_token", "expected"),
-    [
-        ("", "absent", False),
-        ("<|bos|>", "absent", True),
-        ("<|bos|>", None, True),
-        ("<|bos|>", False, False),
-        ("", True, True),
-        ("", None, False),
-    ],
-)
-def test_bos_rule_of_a_json(
-    post: str,
-    add_bos_token: Any,
-    expected: bool,
-    in_sequence: bool,
-    spec: dict[str, Any],
-    tmp_path: Path,
-) -> None:
-    processor = template(post, 0)
-    sequence = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, processor]}
-    spec["post_processor"] = sequence if in_sequence else processor
-    write_json(tmp_path / "tokenizer.json", spec)
-    config = {"bos_token": {"content": "<|bos|>"}, "eos_token": "<|eos|>"}
-    if add_bos_token != "absent":
-        config["add_bos_token"] = add_bos_token
-    write_json(tmp_path / "tokenizer_config.json", config)
-    tokenizer = Tokenizer.from_directory(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
-    bare = tokenizer.encode("the", bos=False)
-    assert tokenizer.encode("the", bos=True) == [0, *bare]
-    assert tokenizer.encode("the") == ([0, *bare] if expected else bare)
-
-
-def test_a_bos_rule_without_a_bos_is_refused(spec: dict[str, Any], tmp_path: Path) -> None:
-    write_json(tmp_path / "tokenizer.json", spec)
-    write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": True})
-    with pytest.raises(ValueError, match="no bos_token"):
-        Tokenizer.from_directory(tmp_path)
-
-
-def test_special_tokens_map_is_read_where_the_config_is_silent(
-    spec: dict[str, Any], tmp_path: Path
-) -> None:
-    write_json(tmp_path / "tokenizer.json", spec)
+def test_special_tokens_map_is_read_where_the_config_is_silent(tmp_path: Path) -> None:
+    write_small(tmp_path, eos_token=None)
     write_json(
         tmp_path / "special_tokens_map.json", {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
     )
-    write_json(tmp_path / "tokenizer_config.json", {"eos_token": None})
     tokenizer = Tokenizer.from_directory(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (0, None)
 
 
-def test_added_tokens_the_longest_wins_and_only_special_ones_are_skipped(
-    spec: dict[str, Any], tmp_path: Path
-) -> None:
-    spec["added_tokens"].append(
-        {"id": 500, "content": "<xx><x>", "special": True, "normalized": False}
-    )
-    write_json(tmp_path / "tokenizer.json", spec)
-    extra = {"501": {"content": "<y>", "special": False}}
-    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": extra})
+def test_tokens_that_only_the_config_adds(tmp_path: Path) -> None:
+    n_vocab = Tokenizer.from_directory(_written(tmp_path)).n_vocab
+    extra = {
+        str(n_vocab + 1): {"content": "<y>", "special": False, "normalized": False},
+        str(n_vocab): {"content": "<x><x>", "special": True},
+    }
+    write_small(tmp_path, added_tokens_decoder=extra)
     tokenizer = Tokenizer.from_directory(tmp_path)
-    ids = tokenizer.encode("<x><xx><x><xx><y>")
-    assert [tokenizer.token_text(id) for id in ids] == ["<x>", "<xx><x>", "<xx>", "<y>"]
-    assert tokenizer.special_ids == {0, 1, 500}
-    assert tokenizer.decode(ids) == "<x><xx><y>"
-    assert tokenizer.n_vocab == 502
-    assert tokenizer.token_text(450) == "<450>"
+    ids = tokenizer.encode("<x><xx><x><x><xx><y>")
+    shown = [tokenizer.token_text(id) for id in ids]
+    assert shown == ["<x>", "<xx>", "<x><x>", "<xx>", "<y>"]
+    assert tokenizer.special_ids == {0, 1, n_vocab}
+    assert tokenizer.decode(ids) == "<x><xx><xx><y>"
+    assert tokenizer.n_vocab == n_vocab + 2
+    assert tokenizer.token_text(n_vocab + 2) == f"<{n_vocab + 2}>"
 
 
-def drop_byte(spec: dict[str, Any]) -> None:
-    del spec["model"]["vocab"]["Ā"]
-
-
-def swap_merges(spec: dict[str, Any]) -> None:
-    merges = spec["model"]["merges"]
-    merges[0], merges[1] = merges[1], merges[0]
-
-
-def add_unmade_token(spec: dict[str, Any]) -> None:
-    spec["model"]["vocab"]["zzzz"] = 450
-
-
-def set_model(**values: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda spec: spec["model"].update(values)
-
-
-def set_spec(**values: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda spec: spec.update(values)
-
-
-def set_added(**values: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda spec: spec["added_tokens"][-1].update(values)
-
-
-def set_step(place: int, **values: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda spec: spec["pre_tokenizer"]["pretokenizers"][place].update(values)
+def _written(folder: Path) -> Path:
+    write_small(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("change", "names"),
+    ("listed", "names"),
     [
-        (set_model(type="Unigram"), "'Unigram'.*sentencepiece"),
-        (set_model(type="WordPiece"), "'WordPiece'"),
-        (set_model(dropout=0.1), "dropout 0.1"),
-        (set_model(end_of_word_suffix="</w>"), "end_of_word_suffix '</w>'"),
-        (set_model(vocab=None), "lacks a vocab"),
-        (set_model(merges=[["q", "z"]]), "a merge makes 'qz'"),
-        (swap_merges, "merge 1 makes id .* out of the order"),
-        (add_unmade_token, "no merge makes token 'zzzz'"),
-        (drop_byte, "no token for byte 0x00"),
-        (set_spec(normalizer={"type": "NFKC"}), "normalizer 'NFKC'"),
-        (set_spec(normalizer={"type": "Sequence", "normalizers": [{"type": "Strip"}]}), "'Strip'"),
-        (set_spec(pre_tokenizer=None), r"not byte-level BPE \(model type 'BPE'\)"),
-        (set_step(0, type="Digits"), "Digits"),
-        (set_step(0, behavior="Removed"), "Split"),
-        (set_step(0, invert=True), "Split"),
-        (set_step(0, pattern={"String": " "}), "Split"),
-        (set_step(0, pattern={"Regex": "(?<=x"}), "does not compile"),
-        (set_step(0, pattern={"Regex": r"\p{L}+|\s+"}), "leaves out some characters"),
-        (set_step(1, add_prefix_space=True), "add_prefix_space"),
-        (set_step(1, use_regex=True), "use_regex"),
-        (set_added(lstrip=True), "'<xx>' has lstrip"),
-        (set_added(rstrip=True), "'<xx>' has rstrip"),
-        (set_added(single_word=True), "'<xx>' has single_word"),
-        (set_added(id=5), "'<xx>' has the id of another"),
-        (set_added(content="<x>"), "'<x>' has two ids"),
-        (set_spec(post_processor=template("<|eos|>", 1)), "begin with '<|eos|>'"),
+        ({"500": {"content": "<y>"}}, "'<y>' has id 500"),
+        ({"x": {"content": "<y>"}}, "the id 'x', not a number"),
+        ({"-1": {"content": "<y>"}}, "the id '-1', not a number"),
+        ({"9" * 40: {"content": "<y>"}}, "the id '9{40}', not a number"),
+        ({"400": {"content": ""}}, "id 400 has no content"),
+        ({"400": "<y>"}, "id 400 has no content"),
+        ([1], "is not a JSON object"),
     ],
 )
-def test_a_json_that_cannot_be_run_exactly_is_refused(
-    change: Callable[[dict[str, Any]], None], names: str, spec: dict[str, Any], tmp_path: Path
-) -> None:
-    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<|bos|>"})
-    write_json(tmp_path / "tokenizer.json", spec)
-    Tokenizer.from_directory(tmp_path)
-    change(spec)
-    write_json(tmp_path / "tokenizer.json", spec)
-    with pytest.raises(ValueError, match=names.replace("|", r"\|")) as caught:
+def test_added_tokens_that_cannot_be(listed: Any, names: str, tmp_path: Path) -> None:
+    write_small(tmp_path, added_tokens_decoder=listed)
+    with pytest.raises(ValueError, match=names):
         Tokenizer.from_directory(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+
+
+def test_added_tokens_json_beside_a_sentencepiece_model(shared_data: Path, tmp_path: Path) -> None:
+    """The ChatML fine-tunes of Llama 2: one id for `<|im_start|>`, not seven."""
+    shutil.copy(shared_data / LLAMA2 / "tokenizer.model", tmp_path)
+    write_json(tmp_path / "added_tokens.json", CHATML)
+    config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "add_bos_token": True}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    ids, spans = tokenizer.encode_with_spans("<|im_start|>user\nhi<|im_end|>\n")
+    assert ids == [1, 32001, 1792, 13, 2918, 32000, 13]  # as transformers 5
+    assert spans == [(0, 0), (0, 12), (12, 16), (16, 17), (17, 19), (19, 29), (29, 30)]
+    assert tokenizer.eos_id == 32000 and tokenizer.n_vocab == 32002
+    # named by the config as the EOS, so it stands for no text; the other one is a plain token
+    assert tokenizer.special_ids == {0, 1, 2, 32000}
+    plain = tokenizer.encode("<|im_start|>user<|im_end|>", special=False)
+    assert plain[:2] == [1, 32001] and 32000 not in plain
+
+
+@pytest.mark.parametrize("names", [{"": 5}, {"<y>": "5"}, {"<y>": -1}, {"<y>": True}, {"<y>": 1e3}])
+def test_added_tokens_json_that_cannot_be(names: Any, shared_data: Path, tmp_path: Path) -> None:
+    shutil.copy(shared_data / LLAMA2 / "tokenizer.model", tmp_path)
+    write_json(tmp_path / "added_tokens.json", names)
+    with pytest.raises(ValueError, match=r"added_tokens\.json: token .* has the id"):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+def test_special_tokens_in_a_llama_2_text(legacy: Any, shared_data: Path, tmp_path: Path) -> None:
+    """`<s>` in a text is id 1 for every kind; only under `legacy` is each stretch given a space."""
+    shutil.copy(shared_data / LLAMA2 / "tokenizer.model", tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {} if legacy is None else {"legacy": legacy})
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    oracle = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "tokenizer.model"), add_bos=False
+    )
+    ids = tokenizer.encode("<s>[INST] hi [/INST] yes </s><s>", bos=False)
+    assert (ids[0], *ids[-2:]) == (1, 2, 1)
+    middle = oracle.encode("[INST] hi [/INST] yes ")
+    assert oracle.id_to_piece(middle[0]) == "\u2581["
+    if legacy:
+        assert ids[1:-2] == middle
+    else:
+        assert oracle.id_to_piece(ids[1]) == "["
+    plain = tokenizer.encode("<s>[INST] hi", bos=False, special=False)
+    assert plain == oracle.encode("<s>[INST] hi")
+
+
+def test_sentencepiece_alone_decides_bos_and_eos_by_the_config(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    shutil.copy(shared_data / LLAMA2 / "tokenizer.model", tmp_path)
+    bare = Tokenizer.from_directory(tmp_path).encode("hi", bos=False)
+    for bos in (True, False):
+        for eos in (True, False):
+            config = {"add_bos_token": bos, "add_eos_token": eos}
+            write_json(tmp_path / "tokenizer_config.json", config)
+            ids = Tokenizer.from_directory(tmp_path).encode("hi")
+            assert ids == [1] * bos + bare + [2] * eos
+    write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": "false"})
+    with pytest.raises(ValueError, match="add_bos_token is 'false', not true or false"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_vocab_and_merges(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / QWEN3
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(source / name, tmp_path)
+    apart, whole = Tokenizer.from_directory(tmp_path), Tokenizer.from_directory(source)
+    for text in [*TEXTS, *EVERY_SCRIPT, "<|im_start|>user\n<think>a</think><|im_end|>"]:
+        assert apart.encode_with_spans(text) == whole.encode_with_spans(text)
+    assert (apart.bos_id, apart.eos_id) == (whole.bos_id, whole.eos_id)
+    assert apart.special_ids == whole.special_ids and apart.n_vocab == whole.n_vocab
+
+
+def test_vocab_and_merges_of_an_unknown_kind(shared_data: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "vocab.json", {"a": 0, "b": 1, "ab": 2})
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"merges\.txt: how it splits .* put the .*tokenizer\.json"
+    ):
+        Tokenizer.from_directory(tmp_path)
+    write_json(tmp_path / "config.json", {"model_type": "qwen3"})
+    assert Tokenizer.from_directory(tmp_path).encode("abba") == [2, 1, 0]
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    with pytest.raises(ValueError, match="tokenizer_class 'LlamaTokenizer'"):
+        Tokenizer.from_directory(tmp_path)
 
 
 def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no tokenizer\.json and no tokenizer\.model"):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json, no tokenizer\.model, and no vocab"):
         Tokenizer.from_directory(tmp_path)
     with pytest.raises(ValueError, match="absent is not a directory"):
         Tokenizer.from_directory(tmp_path / "absent")
@@ -263,19 +173,47 @@ def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
-    ("content", "names"), [(b'{"a": ', "broken json"), (b"\xff{}", "broken"), (b"[]", "object")]
+    ("content", "names"),
+    [
+        (b'{"a": ', "broken json"),
+        (b"\xff{}", "broken"),
+        (b"[]", "object"),
+        (b'{"a":' + b"[" * 100_000, "nested too deep"),
+    ],
 )
-def test_broken_json(
-    name: str, content: bytes, names: str, spec: dict[str, Any], tmp_path: Path
-) -> None:
-    write_json(tmp_path / "tokenizer.json", spec)
+def test_broken_json(name: str, content: bytes, names: str, tmp_path: Path) -> None:
+    write_small(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}: .*{names}"):
         Tokenizer.from_directory(tmp_path)
 
 
-def test_an_unknown_bos_token_is_named(spec: dict[str, Any], tmp_path: Path) -> None:
-    write_json(tmp_path / "tokenizer.json", spec)
-    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<nope>"})
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "fifo"])
+def test_a_file_that_is_none(name: str, kind: str, tmp_path: Path) -> None:
+    """Not taken for absent, and not waited for."""
+    write_small(tmp_path)
+    path = tmp_path / name
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=rf"{name} (is not a regular file|does not exist)"):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("bad", ["<nope>", {"content": "<nope>"}])
+def test_an_unknown_bos_token_is_named(bad: Any, tmp_path: Path) -> None:
+    write_small(tmp_path, bos_token=bad)
     with pytest.raises(ValueError, match="bos_token '<nope>'"):
         Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("odd", [None, "", [], 5, {}])
+def test_a_token_without_a_name_is_none(odd: Any, tmp_path: Path) -> None:
+    write_small(tmp_path, bos_token=odd, eos_token=odd, pad_token=odd)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
