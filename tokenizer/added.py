@@ -8,12 +8,12 @@ and then the longest first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .encoding import Span
+from .encoding import Encoded, Span
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,22 @@ class AddedTokens:
         self._all = _Finder(self.tokens)
         self._ordinary = _Finder([token for token in self.tokens if not token.special])
 
-    def split(self, text: str, *, special: bool) -> Iterator[tuple[Span, int | None]]:
-        """Each stretch of the text, and its id where it is an added token; none is empty."""
+    def encode(
+        self, text: str, *, special: bool, encode_stretch: Callable[[int, int], Encoded]
+    ) -> Encoded:
+        """The ids of a text: of its added tokens, and of the stretches start:end between them."""
         finder = self._all if special else self._ordinary
-        done = 0
-        for (start, end), id in finder.find(text):
+        ids, spans, done = list[int](), list[Span](), 0
+        for (start, end), id in [*finder.find(text), ((len(text), len(text)), None)]:
             if done < start:
-                yield (done, start), None
-            yield (start, end), id
+                stretch = encode_stretch(done, start)
+                ids += stretch.ids
+                spans += stretch.spans
+            if id is not None:
+                ids.append(id)
+                spans.append((start, end))
             done = end
-        if done < len(text):
-            yield (done, len(text)), None
+        return Encoded(ids, spans)
 
 
 def configured_tokens(settings: Mapping[str, Any], path: Path | str) -> list[AddedToken]:
@@ -107,10 +112,12 @@ class _Finder:
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         longest_first = sorted(tokens, key=lambda token: len(token.content), reverse=True)
-        self._ids = [token.id for token in longest_first]
-        self._pattern = re.compile("|".join(f"({t.pattern})" for t in longest_first) or "(?!)")
+        self._ids = {token.content: token.id for token in longest_first}
+        # no group per token: without, the search goes by the beginning that all of them share
+        self._pattern = re.compile("|".join(token.pattern for token in longest_first) or "(?!)")
 
     def find(self, text: str) -> Iterator[tuple[Span, int]]:
         for match in self._pattern.finditer(text):
-            assert match.lastindex is not None
-            yield match.span(), self._ids[match.lastindex - 1]
+            found = match.group()
+            spellings = (found, found.lstrip(), found.rstrip(), found.strip())
+            yield match.span(), next(self._ids[t] for t in spellings if t in self._ids)

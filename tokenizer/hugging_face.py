@@ -7,6 +7,7 @@ under dropout. The first two are errors here, the third is switched off, the las
 
 from __future__ import annotations
 
+import copy
 import json
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ class HuggingFaceEncoder:
         """The same without the space that only the start of a text is given."""
         if "Metaspace" not in self._kinds:
             return self._library
-        spec = json.loads(json.dumps(self._spec))
+        spec = {k: v if k in _LARGE else copy.deepcopy(v) for k, v in self._spec.items()}
         for step in _steps(spec):
             if step["type"] == "Metaspace" and step.get("prepend_scheme") == "first":
                 step["prepend_scheme"] = "never"
@@ -168,8 +169,10 @@ def _adapted(spec: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
             f"{path}: BPE with dropout {spec['model']['dropout']!r} gives other ids at each call; "
             "set it to null"
         )
-    adapted: dict[str, Any] = json.loads(json.dumps(spec)) | {"padding": None, "truncation": None}
-    for step in _steps(adapted):
+    adapted = {**spec, "padding": None, "truncation": None}
+    with library_errors(f"{path} cannot be read"):  # nested too deep
+        adapted["post_processor"] = copy.deepcopy(spec.get("post_processor"))
+    for step in _steps({"post_processor": adapted["post_processor"]}):
         if "trim_offsets" in step:
             step["trim_offsets"] = False
     return adapted
@@ -252,6 +255,7 @@ def _byte_of_character() -> dict[int, int]:
     return table
 
 
+_LARGE = {"model", "added_tokens"}
 _SPACERS = {"Metaspace", "Replace"}
 _BYTE_OF_CHARACTER = _byte_of_character()
 _NOT_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}

@@ -60,17 +60,13 @@ class RankFileEncoder:
                 f"the text holds {_LONGEST_SPACE_RUN:,} or more white-space characters in a row; "
                 "split it there"
             )
-        ids, spans = list[int](), list[Span]()
-        for (start, end), id in self._added.split(text, special=special):
-            if id is not None:
-                ids.append(id)
-                spans.append((start, end))
-                continue
+
+        def encode_stretch(start: int, end: int) -> Encoded:
             with library_errors("the text cannot be encoded"):
-                stretch = self._encoding.encode_ordinary(text[start:end])
-            ids += stretch
-            spans += _byte_spans([self.pieces[id] for id in stretch], text, start, end)
-        return Encoded(ids, spans)
+                ids = self._encoding.encode_ordinary(text[start:end])
+            return Encoded(ids, _byte_spans([self.pieces[id] for id in ids], text, start, end))
+
+        return self._added.encode(text, special=special, encode_stretch=encode_stretch)
 
 
 def is_rank_file(head: bytes) -> bool:

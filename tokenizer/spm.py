@@ -60,19 +60,15 @@ class SentencePieceEncoder:
     def encode(self, text: str, *, special: bool, inside: bool) -> Encoded:
         """Raises ValueError for a text that is too long."""
         check_length(text)
-        ids, spans = list[int](), list[Span]()
-        for (start, end), id in self._added.split(text, special=special):
-            if id is not None:
-                ids.append(id)
-                spans.append((start, end))
-                continue
+
+        def encode_stretch(start: int, end: int) -> Encoded:
             begins = start == 0 and not inside
             processor = self._full if begins or self._spaced else self._bare
             with library_errors("the text cannot be encoded"):
                 found = processor.encode(text[start:end], return_type="offset_mapping")
-            ids += found["ids"]
-            spans += self._characters(found["ids"], found["offsets"], start)
-        return Encoded(ids, spans)
+            return Encoded(found["ids"], self._characters(found["ids"], found["offsets"], start))
+
+        return self._added.encode(text, special=special, encode_stretch=encode_stretch)
 
     def _characters(self, ids: Sequence[int], offsets: Sequence[Span], start: int) -> list[Span]:
         """Spans from `start` on. Of a character in bytes, sentencepiece gives the last one all."""

@@ -231,6 +231,13 @@ def test_an_added_token_spells_what_the_vocabulary_cannot(tmp_path: Path) -> Non
         tokenizer.encode("a<漢>", special=False)
 
 
+def nested(name: str) -> Any:
+    value: Any = {}
+    for _ in range(240):
+        value = {"type": "Sequence", name: [value]}
+    return value
+
+
 def set_model(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda spec: spec["model"].update(values)
 
@@ -261,6 +268,8 @@ def set_vocab(**values: Any) -> Callable[[dict[str, Any]], None]:
         (set_spec(model=None), "no model"),
         (set_spec(model=[]), "no model"),
         (set_spec(normalizer="x"), "cannot be read"),
+        (set_spec(normalizer=nested("normalizers")), "cannot be read"),
+        (set_spec(post_processor=nested("processors")), "cannot be read"),
         (set_spec(added_tokens=[1]), "cannot be read"),
         (
             set_spec(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(?<=x"}}),
