@@ -3,6 +3,8 @@
 #
 #   ./launch.sh [-n RANKS] [--nnodes N --rdzv-endpoint HOST:PORT ...] COMMAND ...
 #   ./launch.sh demo             generate with, read and steer the packaged model on 2 ranks
+#   ./launch.sh demo smollm2     the same with a real model, which it fetches (93 MB) if need be
+#   ./launch.sh model smollm2    fetch that model and print where it is
 #   ./launch.sh test [ARGS]      run the tests that are not marked slow (ARGS go to pytest)
 #   ./launch.sh test --slow ...  run those that are, and only them
 #   ./launch.sh check            lint and type check
@@ -12,7 +14,7 @@
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 # From the repository's root, folders such as kernels/ would hide installed packages of that name.
 export PYTHONSAFEPATH=1
@@ -83,6 +85,20 @@ demo() {
     rm -r "$(dirname "$vector")"
 }
 
+demo_smollm2() {
+    "$python" -m shardlens model smollm2
+    show generate smollm2 --chat --prompt "What is the capital of France?" --max-new-tokens 24
+    show lens smollm2 --prompt "The capital of France is" --layers 18-29
+    local vector
+    vector=$(mktemp -d)/cautious.safetensors
+    cd "$here"
+    show steer extract smollm2 --pairs model/demo/dispositions-cautious-bold.jsonl --share 0.1 \
+        --contrast "You are cautious and afraid." "You are bold and reckless." --layers 14 --out "$vector"
+    show steer generate smollm2 --vector "$vector" --layers 14 --scale -8 8 --max-new-tokens 24 \
+        --prompt "Anna saw a bear near the barn, and she"
+    rm -r "$(dirname "$vector")"
+}
+
 # Type checkers cannot see through the package-dir mapping: they are shown links laid as packages.
 link_packages() {
     rm -rf "$here/.ns"
@@ -146,7 +162,11 @@ case $1 in
         ;;
     demo)
         set_up
-        demo
+        case ${2:-} in
+            "") demo ;;
+            smollm2) demo_smollm2 ;;
+            *) echo "launch.sh: demo $2 is not known: only demo and demo smollm2 are" >&2; exit 2 ;;
+        esac
         ;;
     *)
         set_up
