@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..model.points import POINTS, Tap
-from .files import replacing, require
+from .files import replacing
 from .tap_names import tap_name
 from .vector_fields import Origin, VectorFields
 
@@ -69,7 +69,6 @@ def naming_file(path: Path) -> Iterator[None]:
 def check_format(path: Path, taps: Iterable[Tap] = ()) -> None:
     """Raise ValueError if vectors at `taps` cannot be written to `path`; cheap, for before work."""
     if _format(path) is _FORMATS[".gguf"]:
-        require("gguf", "gguf", str(path))
         for tap in taps:
             _block_of(tap)
 

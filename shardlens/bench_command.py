@@ -16,9 +16,9 @@ from typing import Any
 from .bench import end_to_end, rank_agreement, scaling, steer_sweep
 from .bench.end_to_end_runs import Setup
 from .bench.kernel_report import run_grid
-from .bench.ops import OPS, cases
+from .bench.kernels import OPS, cases
+from .bench.models import CPU_SHAPES, GRIDS, N_LAYERS, default_dtype, model_config
 from .bench.report import RESULTS, emit
-from .bench.shapes import CPU_SHAPES, GRIDS, N_LAYERS, default_dtype, model_config
 from .cli import is_printing_rank
 from .engine.files import check_writable, write_json
 from .model.load import default_device
@@ -53,7 +53,7 @@ def _add_end_to_end(benchmarks: Any) -> None:
 
 def _add_scaling(benchmarks: Any) -> None:
     parser = benchmarks.add_parser(
-        "scaling", help="the same generation on 1, 2 and 4 ranks, and what `plan` predicts for GPUs"
+        "scaling", help="the same generation on 1, 2 and 4 ranks: equal answers, and bytes sent"
     )
     parser.add_argument("--ranks", default="1,2,4", metavar="P,...", help="default: 1,2,4")
     parser.add_argument("--shape", choices=(*CPU_SHAPES, *N_LAYERS), default="cpu")

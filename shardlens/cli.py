@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "steer": "vectors from pairs of answers, applied and measured",
     "plan": "does a model fit, and how fast can it be at most",
+    "model": "fetch a small trained model",
     "bench": "measure this machine",
 }
 
@@ -38,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(asked: str | None = None) -> argparse.ArgumentParser:
-    """Of the command `asked`; the others are only listed."""
+    """The parser of the command `asked`; the other commands are only listed."""
     parser = _Parser(
         prog="shardlens",
         description="Read and steer LLaMA and Qwen models too large for one GPU, while they run.",
@@ -75,9 +76,15 @@ def _leave_ranks() -> None:
         dist.destroy_process_group()
 
 
+def _on_one_line(message: str) -> str:
+    """With control characters made visible: names and values may be a stranger's."""
+    line = " ".join(message.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 def _refuse(message: str) -> int:
     if is_printing_rank():
-        print(f"shardlens: {' '.join(message.split())}", file=sys.stderr)
+        print(f"shardlens: {_on_one_line(message)}", file=sys.stderr)
     code_file = os.environ.get(EXIT_CODE_FILE)
     if code_file is None:
         return 2

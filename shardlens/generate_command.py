@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
-
-from rich.markup import escape
 
 from .engine.files import write_json
 from .engine.lens_spec import LensSpec
@@ -13,38 +12,43 @@ from .engine.request import Request, check_prompt
 from .language_model import Result
 from .options import (
     ModelOptions,
-    add_chat_argument,
     add_eager_argument,
     add_model_arguments,
     add_output_arguments,
+    add_prompt_arguments,
     add_sampling_arguments,
+    add_stop_argument,
+    form_of,
     output_files,
     sampling_of,
+    stop_of,
 )
 from .session import Session, open_session
+from .stop_text import StoppedText
 
 
 def add_to(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue a prompt")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", required=True)
+    add_prompt_arguments(parser)
     add_sampling_arguments(parser)
+    add_stop_argument(parser)
     add_eager_argument(parser)
-    add_chat_argument(parser)
     add_output_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    sampling = sampling_of(arguments)
+    sampling, form, stop = sampling_of(arguments), form_of(arguments), stop_of(arguments)
     session = open_session(ModelOptions.parsed(arguments), output_files(arguments))
-    prompt = session.encode_prompt(arguments.prompt, chat=arguments.chat)
+    prompt = session.encode_prompt(arguments.prompt, form)
+    session.check_stop(stop)
     lens = LensSpec() if arguments.out else None
-    request = Request(prompt, arguments.max_new_tokens, sampling, lens=lens)
+    request = Request(prompt, arguments.max_new_tokens, sampling, lens=lens, stop=stop)
     check_prompt(prompt, arguments.max_new_tokens, session.config)
     lm = session.load([request], capture=not arguments.eager)
-    session.console.print(f"[dim]{escape(arguments.prompt)}[/]", end="")
-    printer = _Printer(session)
+    session.print_prompt(arguments.prompt, form)
+    printer = _Printer(session, stop)
     result = lm.generate(request, on_token=printer.push, capture=not arguments.eager)
     printer.finish()
     if not session.prints:
@@ -71,18 +75,14 @@ def _content(
 
 
 class _Printer:
-    """Prints text as its tokens arrive, whole characters only."""
+    """Prints text as its tokens arrive: whole characters only, and nothing of a stop text."""
 
-    def __init__(self, session: Session) -> None:
-        self._out = session.console
-        self._stream = session.tokenizer.stream()
+    def __init__(self, session: Session, stop: Sequence[str]) -> None:
+        self._print = session.print_text
+        self._text = StoppedText(session.tokenizer, stop)
 
     def push(self, request: int, token: int) -> None:
-        self._print(self._stream.push(token))
+        self._print(self._text.push(token))
 
     def finish(self) -> None:
-        self._print(self._stream.flush() + "\n")
-
-    def _print(self, text: str) -> None:
-        self._out.print(text, end="", markup=False, soft_wrap=True)
-        self._out.file.flush()
+        self._print(self._text.flush() + "\n")

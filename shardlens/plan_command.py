@@ -1,6 +1,6 @@
 """`shardlens plan`: does a model fit, and how fast can it be at most, from config.json alone.
 
-No weights, no GPU and no other rank is asked, so any machine can plan for any number of ranks.
+It needs no weights, no GPU and no other rank, so any machine can plan for any number of ranks.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def add_to(commands: Any) -> None:
         help="a directory, a config.json, a Hugging Face hub id (only its config.json is fetched), "
         "or demo",
     )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument(
-        "--ranks", required=True, type=_rank_counts, metavar="P,...", help="a row of each is shown"
+        "--ranks", required=True, type=_rank_counts, metavar="P,...", help="one table row per count"
     )
     parser.add_argument("--context", required=True, type=int, help="positions a request holds")
     parser.add_argument("--batch", type=int, default=1, help="requests at once (default: 1)")
@@ -37,7 +38,9 @@ def add_to(commands: Any) -> None:
         "--points", default="resid_post", help="that a lens reads, comma-separated, or none"
     )
     parser.add_argument("--layers", default="all", help="all, or e.g. 0-3,8,-1 (default: all)")
-    parser.add_argument("--top-k", type=int, default=5, help="winners kept a cell (default: 5)")
+    parser.add_argument(
+        "--top-k", type=int, default=5, help="candidates kept per cell (default: 5)"
+    )
     parser.add_argument(
         "--deferred", action="store_true", help="the lens decodes many tokens' states together"
     )
@@ -56,7 +59,7 @@ def _rank_counts(text: str) -> list[int]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config = ModelConfig.from_hf(find_config(arguments.model))
+    config = find_config(arguments.model, revision=arguments.revision)
     gpu = _gpu(arguments)
     plans = _plans(arguments, config)
     if not is_printing_rank():
@@ -108,7 +111,7 @@ def _plans(arguments: argparse.Namespace, config: ModelConfig) -> dict[int, Plan
 
 
 def _taps(points: str, layers: str, config: ModelConfig) -> tuple[int, bool]:
-    """How many states a lens reads at a position, and whether the final layer's is one of them."""
+    """How many states a lens reads at a position, and whether the final layer's is among them."""
     if points == "none":
         return 0, True
     named = set(points.split(","))
@@ -144,13 +147,20 @@ def _print(
     console.print(f"\n{_legend(plans)}")
     kept = next(p.kept_bytes_per_token for p in plans.values() if isinstance(p, Plan))
     if arguments.points != "none":
-        console.print(f"A kept trace takes {kept / 1024:,.1f} KiB of host memory a token.")
+        console.print(f"A kept trace takes {kept / 1024:,.1f} KiB of host memory per token.")
     for ranks, planned in plans.items():
         if isinstance(planned, ValueError):
             console.print(escape(str(planned)))
-        elif planned.ranks != ranks:
+            continue
+        share = planned.padding_bytes / (planned.weights_bytes + planned.cache_bytes)
+        if share > 0.005:
             console.print(
-                f"{ranks:,} ranks cannot share {config.n_heads} attention heads: "
+                f"{planned.ranks:,} ranks do not divide the model: {share:.1%} of the weights and "
+                "cache of the fullest rank are padding, or more than its even share"
+            )
+        if planned.ranks != ranks:
+            console.print(
+                f"{ranks:,} ranks are more than {config.n_heads} attention heads: "
                 f"{ranks // planned.ranks} groups of {planned.ranks} each hold the model and "
                 "their own requests"
             )
@@ -166,7 +176,7 @@ def _label(ranks: int, planned: Plan | ValueError) -> str:
 
 
 def _tokens_per_s(planned: Plan, gpu: Gpu, ranks: int) -> float:
-    """Of all groups together."""
+    """The rate of all groups together."""
     return ranks // planned.ranks * planned.tokens_per_s(gpu.bandwidth_bytes_per_s)
 
 
@@ -190,7 +200,7 @@ def _fits(planned: Plan, gpu: Gpu) -> bool:
 def _question(arguments: argparse.Namespace, plans: dict[int, Plan | ValueError], gpu: Gpu) -> str:
     work = next(planned.workload for planned in plans.values() if isinstance(planned, Plan))
     many = "s" if work.batch > 1 else ""
-    lens = f"a lens on {work.taps:,} states a token" if work.taps else "no lens"
+    lens = f"a lens on {work.taps:,} states per token" if work.taps else "no lens"
     return (
         f"{work.dtype}, {work.batch:,} request{many} of {work.context:,} positions, {lens}; "
         f"{arguments.gpu} of {gpu.memory_gib:g} GiB and {gpu.bandwidth_bytes_per_s / 1e12:g} TB/s"
@@ -200,9 +210,8 @@ def _question(arguments: argparse.Namespace, plans: dict[int, Plan | ValueError]
 def _legend(plans: dict[int, Plan | ValueError]) -> str:
     runtime = next(p.runtime_bytes for p in plans.values() if isinstance(p, Plan))
     return (
-        f"GiB of the fullest rank; the total counts {gib(runtime)} for CUDA itself. A decode step "
-        "moves and\nsends (in MB) so much; no decoding is faster than the tokens/s that its moves "
-        "allow."
+        f"GiB of the fullest rank; the total counts {gib(runtime)} for CUDA itself. 'moved' and "
+        "'sent' (in MB)\nare per decode step; tokens/s is the memory-bandwidth limit."
     )
 
 
@@ -224,7 +233,7 @@ def _content(
             else planned.to_dict()
             | {
                 "ranks": ranks,
-                "ranks_a_group": planned.ranks,
+                "ranks_per_group": planned.ranks,
                 "fits": _fits(planned, gpu),
                 "tokens_per_s": _tokens_per_s(planned, gpu, ranks),
             }

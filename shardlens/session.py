@@ -1,4 +1,4 @@
-"""What every command needs: the ranks, the model's files, a terminal on rank 0, a model that fits.
+"""The needs of every command: ranks, the model's files, a terminal on rank 0, a model that fits.
 
 A command reads its inputs with an open session, then has the session load the model for them.
 """
@@ -8,25 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .engine.files import check_writable
 from .engine.fit import Target, plan_requests
 from .engine.plan import check_fits, device_memory_bytes
 from .engine.request import Request
+from .interp.labels import PromptForm, encode_prompt
+from .interp.trace_grid import printable
 from .interp.trace_table import WIDTH
 from .kernels.dispatch import set_implementation
 from .language_model import LanguageModel
 from .model.config import ModelConfig, torch_dtype
 from .model.load import default_device, load_model
-from .model.source import find_model, read_config
+from .model.model_files import ModelFiles
+from .model.source import find_model
 from .options import ModelOptions, OutputFile
 from .parallel.collectives import agreed
 from .parallel.group import TensorParallel
+from .stop_text import stop_texts
 from .tokenizer.tokenizer import Tokenizer
 
 
@@ -38,7 +42,7 @@ class Session:
     """
 
     options: ModelOptions
-    directory: Path
+    files: ModelFiles
     config: ModelConfig
     tokenizer: Tokenizer
     parallel: TensorParallel
@@ -49,14 +53,32 @@ class Session:
     def prints(self) -> bool:
         return self.parallel.rank == 0
 
-    def encode_prompt(self, prompt: str, *, chat: bool) -> list[int]:
-        """Token ids of a prompt, as a user's message of a chat if asked. Refuses an empty one."""
+    def encode_prompt(self, prompt: str, form: PromptForm) -> list[int]:
+        """Token ids of a prompt, in a chat as a user's message. Refuses an empty one."""
         with agreed(self.parallel):
             if not prompt:
                 raise ValueError("the prompt is empty: give at least one character")
-            if chat:
-                return self.tokenizer.chat([{"role": "user", "content": prompt}])
-            return self.tokenizer.encode(prompt)
+            return encode_prompt(self.tokenizer, prompt, form)
+
+    def check_stop(self, stop: Sequence[str]) -> None:
+        """Refuse stop texts that no text can hold, before the model is loaded."""
+        with agreed(self.parallel):
+            stop_texts(self.tokenizer, stop)
+
+    def print_prompt(self, prompt: str, form: PromptForm) -> None:
+        """Print what a text continues: the prompt, or a line for each turn and the reply's name."""
+        if not form.chat:
+            self.print_text(prompt, style="dim")
+            return
+        for message in form.messages(prompt):
+            self.print_text(f"{message['role']}: ", style="bold")
+            self.print_text(f"{message['content']}\n", style="dim")
+        self.print_text("assistant: ", style="bold")
+
+    def print_text(self, text: str, style: str = "") -> None:
+        """Print a text with its control characters made visible, and stay on its last line."""
+        self.console.print(Text(printable(text), style=style), end="", soft_wrap=True)
+        self.console.file.flush()
 
     def load(self, requests: Sequence[Request], *, capture: bool = True) -> LanguageModel:
         """The model, if the requests fit beside it, all at once.
@@ -71,11 +93,10 @@ class Session:
                 self.config, requests, target, batch=len(requests), capture=capture
             )
             check_fits(planned, device_memory_bytes(self.device), self.options.model)
-        # On its own: a rank that took memory already would leave the others less of it to check.
+        # After all ranks have checked: a rank that loads early would leave the others less memory.
         with progress("loading", shown=self.prints) as on_progress:
             model = load_model(
-                self.directory,
-                self.config,
+                self.files,
                 parallel=self.parallel,
                 dtype=dtype,
                 device=self.device,
@@ -87,8 +108,8 @@ class Session:
 def open_session(options: ModelOptions, files: Sequence[OutputFile] = ()) -> Session:
     """Join the ranks, check the output files, and read what comes with the model's weights.
 
-    files: the output files of the command, with what refuses their endings. Raises ValueError on
-    every rank.
+    files: the output files of the command, each with a function that refuses endings it cannot
+    have. Raises ValueError on every rank.
     """
     set_implementation(options.kernels)
     asked = _device(options.device)
@@ -98,13 +119,14 @@ def open_session(options: ModelOptions, files: Sequence[OutputFile] = ()) -> Ses
             check(path)
             if parallel.rank == 0:
                 check_writable(path)
-    directory = find_model(options.model, parallel)
+    model_files = find_model(
+        options.model, parallel, revision=options.revision, adapter=options.adapter
+    )
     with agreed(parallel):
-        config = read_config(directory)
-        tokenizer = Tokenizer.from_directory(directory)
+        config, tokenizer = model_files.config, model_files.tokenizer()
     return Session(
         options,
-        directory,
+        model_files,
         config,
         tokenizer,
         parallel,
@@ -130,7 +152,7 @@ def _width() -> int | None:
 
 @contextmanager
 def progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal, fed by the function it gives: (done, total)."""
+    """A bar on stderr, where that is a terminal, moved by the function it gives: (done, total)."""
     console = Console(stderr=True)
     if not (shown and console.is_terminal):
         yield lambda done, total: None

@@ -25,10 +25,10 @@ from .interp.steerability import Sweep, steerability_encoded
 from .interp.suggest import suggest
 from .model.points import Layers
 from .model.transformer import Transformer
-from .options import ModelOptions, add_json_argument, add_model_arguments, json_files
+from .options import ModelOptions, add_json_argument, add_model_arguments, form_of, json_files
 from .parallel.collectives import agreed
 from .session import Session, open_session, progress
-from .steer_options import add_extraction_arguments, add_pair_arguments, extraction_of, form_of
+from .steer_options import add_extraction_arguments, add_pair_arguments, extraction_of
 
 HELP = "measure how far answers follow a vector"
 SUGGESTED = "suggested"
@@ -97,7 +97,7 @@ class _Inputs:
 
     @classmethod
     def read(cls, arguments: argparse.Namespace, pairs: list[Pair], session: Session) -> _Inputs:
-        """Raises ValueError for vectors, layers and pairs that the command has no use for."""
+        """The inputs of a call. Raises ValueError for vectors, layers and pairs that do not fit."""
         form, is_open = form_of(arguments), arguments.layers == SUGGESTED
         encoded = encode_pairs(session.tokenizer, pairs, form)
         check_length(len(longest(encoded)), session.config)

@@ -16,10 +16,10 @@ from .interp.extract import extract_encoded
 from .interp.pairs import read_pairs
 from .interp.prompts import longest
 from .interp.split import split_pairs
-from .options import ModelOptions, add_json_argument, add_model_arguments, json_files
+from .options import ModelOptions, add_json_argument, add_model_arguments, form_of, json_files
 from .parallel.collectives import agreed
 from .session import open_session, progress
-from .steer_options import add_extraction_arguments, add_pair_arguments, extraction_of, form_of
+from .steer_options import add_extraction_arguments, add_pair_arguments, extraction_of
 
 HELP = "make vectors from pairs of answers"
 

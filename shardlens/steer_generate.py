@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -22,13 +21,16 @@ from .kernels.edits import MODES
 from .language_model import Result
 from .options import (
     ModelOptions,
-    add_chat_argument,
     add_eager_argument,
     add_json_argument,
     add_model_arguments,
+    add_prompt_arguments,
     add_sampling_arguments,
+    add_stop_argument,
+    form_of,
     json_files,
     sampling_of,
+    stop_of,
 )
 from .parallel.collectives import agreed
 from .session import open_session
@@ -40,7 +42,7 @@ HELP = "continue a prompt, unsteered and steered"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--vector", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--prompt", required=True)
+    add_prompt_arguments(parser)
     parser.add_argument(
         "--scale",
         type=float,
@@ -62,20 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --scale: the vector, or the mean norm of the states (default: vector)",
     )
     add_sampling_arguments(parser)
+    add_stop_argument(parser)
     add_eager_argument(parser)
-    add_chat_argument(parser)
     add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     positions, sampling = positions_of(arguments.positions), sampling_of(arguments)
+    form, stop = form_of(arguments), stop_of(arguments)
     session = open_session(ModelOptions.parsed(arguments), json_files(arguments))
-    prompt = session.encode_prompt(arguments.prompt, chat=arguments.chat)
+    prompt = session.encode_prompt(arguments.prompt, form)
+    session.check_stop(stop)
     with agreed(session.parallel):
         vectors = SteeringVectors.load(arguments.vector, session.config)
         steerings = _steerings(arguments, vectors, positions)
     requests = [
-        Request(prompt, arguments.max_new_tokens, sampling, steering=steering)
+        Request(prompt, arguments.max_new_tokens, sampling, steering=steering, stop=stop)
         for steering in ([], *([steering] for steering in steerings))
     ]
 
@@ -86,7 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
     if warning is not None:
         session.console.print(f"warning: {warning}", markup=False)
     names = ["unsteered", *(f"scale {scale:g}" for scale in arguments.scale)]
-    session.console.print(f"[dim]{escape(printable(arguments.prompt))}[/]")
+    session.print_prompt(arguments.prompt, form)
+    session.print_text("\n")
     session.console.print(_columns(names, results))
     with agreed(session.parallel):
         if session.prints and arguments.json is not None:

@@ -10,6 +10,7 @@ from .interp.directions import METHODS
 from .interp.extract import AT, Extraction
 from .interp.labels import PromptForm
 from .model.points import POINTS, Layers
+from .options import add_form_arguments
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,7 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSONL or JSON: question and two answers, or positive and negative texts",
     )
-    parser.add_argument("--chat", action="store_true", help="questions are a user's chat messages")
+    add_form_arguments(parser, "questions are a user's chat messages")
     parser.add_argument(
         "--answer-prefix",
         default=PromptForm().answer_prefix,
@@ -29,23 +30,18 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def form_of(arguments: argparse.Namespace) -> PromptForm:
-    # a shell has no easy way to write a line break
-    prefix = arguments.answer_prefix.replace("\\n", "\n")
-    return PromptForm(chat=arguments.chat, answer_prefix=prefix)
-
-
 def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
     add_tap_arguments(parser)
     parser.add_argument("--method", choices=METHODS, default="mean_diff")
     parser.add_argument(
-        "--at", choices=AT, help="which state stands for an answer (default: the label's)"
+        "--at", choices=AT, help="the state that represents an answer (default: the label's)"
     )
     parser.add_argument(
         "--contrast",
         nargs=2,
         metavar=("TEXT", "TEXT"),
-        help="instead of answers compare questions after two texts, the matching one first",
+        help="instead of answers compare questions after two texts, the matching one first; in a "
+        "chat they are system messages, in place of --system",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 

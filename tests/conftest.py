@@ -19,8 +19,8 @@ if not torch.cuda.is_available():  # before a kernel's file is imported, which r
 
     interpreter.patch()
 
-from shardlens.kernels.dispatch import implementation
-from shardlens.parallel.group import TensorParallel
+from shardlens.kernels import implementation
+from shardlens.parallel import TensorParallel
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -138,7 +138,14 @@ def test_commands_are_known(file: str) -> None:
 
 def test_there_are_commands() -> None:
     asked = asked_of_shardlens(README, "bash", "text")
-    assert {words[0] for words in asked} == {"lens", "generate", "plan", "steer", "bench"}
+    assert {words[0] for words in asked} == {
+        "lens",
+        "generate",
+        "plan",
+        "steer",
+        "model",
+        "bench",
+    }
     assert {words[1] for words in asked if words[0] == "steer"} == {"extract", "generate", "eval"}
 
 

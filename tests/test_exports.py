@@ -40,6 +40,7 @@ INTERNALS = {
     "face/test_demo.py": "kernels.head_cut",
     "face/test_many_requests.py": "engine.loop",
     "face/test_plan_command.py": "engine.fit model.load session",
+    "face/test_stop.py": "engine.loop stop_text",
     "interp/test_lens.py": "engine.lens_rows parallel.head_reduce",
     "interp/test_propensity.py": "interp.propensity",
     "interp/test_report.py": "interp.report",
@@ -59,6 +60,7 @@ INTERNALS = {
     "steered.py": "engine.edit_table",
     "test_exports.py": "kernels.lazy_imports",
     "tokenizer/test_chat.py": "tokenizer.chat",
+    "tokenizer/test_template_bounds.py": "tokenizer.chat",
 }
 
 

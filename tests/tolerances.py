@@ -18,5 +18,5 @@ SAME_STATES = 1e-6  # the same from the very same states: it is rounded to float
 FLOAT64 = 1e-12  # two float64 computations of one number of order 1
 GUMBEL = 4e-6  # a kernel's noise, of size up to 22.9, against the float64 inside of the reference
 P_VALUE = 1e-3  # a chi-square test of a right sampler fails this often; seeds are fixed
-PLANNED = 0.1  # memory foretold by `plan` against what is measured, above the weights
+PLANNED = 0.1  # memory predicted by `plan` against what is measured, above the weights
 EFFECT = 10  # a bug that a test is there to catch misses by at least so many tolerances

@@ -63,14 +63,15 @@ _TOKEN_KEYS = {
 
 def _tokens(keys: Mapping[str, Any], origin: str) -> list[str]:
     """The tokens by id. Raises ValueError where they are broken, or their types are missing."""
-    tokens, kinds = keys.get("tokens"), keys.get("token_type")
-    is_list = isinstance(tokens, list) and isinstance(kinds, list) and len(tokens) == len(kinds)
-    are_texts = is_list and all(isinstance(token, str) for token in tokens)
+    tokens: Any = keys.get("tokens")
+    kinds: Any = keys.get("token_type")
+    are_lists = isinstance(tokens, list) and isinstance(kinds, list) and len(tokens) == len(kinds)
+    are_texts = are_lists and all(isinstance(token, str) for token in tokens)
     if not are_texts or not all(isinstance(kind, int) for kind in kinds):
         raise ValueError(f"{origin} has no tokens with their types; fetch the file again")
     if len(set(tokens)) < len(tokens):
         raise ValueError(f"{origin}: two of its tokens have the same text; fetch the file again")
-    return tokens
+    return list(tokens)
 
 
 def _byte_level(keys: Mapping[str, Any], origin: str) -> Encoder:

@@ -14,12 +14,10 @@ from tolerances import LENS, LOGITS_RELATIVE
 
 import shardlens
 from shardlens.bench.compiled import CHIPS
-from shardlens.engine.steering import Steering
+from shardlens.engine import Steering
 from shardlens.kernels.head_cut import cut, extra_bytes
-from shardlens.model.points import Tap
-from shardlens.model.source import DEMO
-from shardlens.model.tap_sink import RowTaps
-from shardlens.parallel.group import TensorParallel
+from shardlens.model import DEMO, RowTaps, Tap
+from shardlens.parallel import TensorParallel
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "The capital of Norvia is"
@@ -93,7 +91,7 @@ def test_questions(path: Path, demo: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.stem)
 def test_a_disposition_is_a_direction(path: Path, demo: tuple[Any, Any]) -> None:
-    """What a statement of the pole changes before a letter flips the letters of other questions.
+    """The change that stating the pole makes before a letter flips the letters of other questions.
 
     The vector is the mean difference at the last token of block 2, "… is cautious" against
     "… is bold"; added once and taken away once on questions without a statement, it must move the
@@ -102,7 +100,7 @@ def test_a_disposition_is_a_direction(path: Path, demo: tuple[Any, Any]) -> None
     model, tokenizer = demo
     first, second = path.stem.removeprefix("dispositions-").split("-")
     items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    place = Tap(2, "resid_post")
+    tap = Tap(2, "resid_post")
     a, b = (tokenizer.encode(letter, bos=False)[0] for letter in "AB")
 
     def ids_of(text: str) -> torch.Tensor:
@@ -112,14 +110,14 @@ def test_a_disposition_is_a_direction(path: Path, demo: tuple[Any, Any]) -> None
     def state(text: str) -> torch.Tensor:
         ids = ids_of(text)
         last = torch.tensor([ids.shape[1] - 1])
-        capture = RowTaps((place,), last, model.config.d, dtype=model.dtype)
+        capture = RowTaps((tap,), last, model.config.d, dtype=model.dtype)
         model(ids, sink=capture)
         return capture.states[0, 0]
 
     @torch.no_grad()
     def preference(item: dict[str, str], vector: torch.Tensor) -> float:
         ids = ids_of(item["question"])
-        edit = Steering(vector, layers=[place.layer], point=place.point, positions="last_prompt")
+        edit = Steering(vector, layers=[tap.layer], point=tap.point, positions="last_prompt")
         length = ids.shape[1]
         edits = edit_table([([edit], length)], length, model).at
         hidden = model(ids, edits=edits)[0, -1]
@@ -161,7 +159,7 @@ def test_readme_says_what_was_measured() -> None:
     assert f"sent {memory['lens_bytes_sent_per_row_and_rank']:.0f} bytes per row" in readme
     head = json.loads((ROOT / "bench/results/head-cpu.json").read_text())
     for row in head["results"]:
-        ours, full = (row["peak_bytes"][arm] / 2**20 for arm in ("streamed", "full"))
+        ours, full = (row["peak_bytes"][way] / 2**20 for way in ("streamed", "full"))
         shape = f"{row['dtype']}, {row['vocab']:,}"
         assert f"| {shape} | {row['time_ratio']:.2f} | {ours:.1f} | {full:.1f} |" in readme
     built = json.loads((ROOT / "bench/results/compiled.json").read_text())["kernels"]
@@ -176,15 +174,15 @@ def test_readme_says_what_the_head_takes_on_a_gpu() -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
 
     def sizes(rows: int) -> tuple[int, int]:
-        """Of what an H100 allocates, and of logits."""
+        """Bytes that an H100 allocates, and bytes of logits."""
         work = cut(rows, 128_256, 1, 5, torch.bfloat16, CHIPS[90], bulk=True)
-        own = extra_bytes(rows, work.shares, work.programs, 5, work.configs[0])
-        return own, 2 * rows * 128_256
+        taken = extra_bytes(rows, work.shares, work.programs, 5, work.configs[0])
+        return taken, 2 * rows * 128_256
 
     for rows in (1, 64):
-        own, logits = (f"{size / 1e6:.1f} MB" for size in sizes(rows))
+        ours, logits = (f"{size / 1e6:.1f} MB" for size in sizes(rows))
         named = f"{rows} row" + "s" * (rows > 1)
-        assert re.search(rf"{own} at {named}, where (logits|they) take {logits}", readme)
+        assert re.search(rf"{ours} at {named}, where (logits|they) take {logits}", readme)
     head_bytes, logits_bytes = sizes(4096)
     assert f"{head_bytes / 1e6:.1f} MB at 4,096 rows, {head_bytes / logits_bytes:.2%} of" in readme
 
@@ -224,11 +222,11 @@ def test_readme_says_how_far_rank_counts_differ() -> None:
 def test_readme_says_how_fast_generation_was() -> None:
     readme = (ROOT / "README.md").read_text()
     result = json.loads((ROOT / "bench/results/cpu.json").read_text())
-    assert len(result["impls"]) == 7 and result["shape"] == "cpu"
+    assert len(result["runs"]) == 7 and result["shape"] == "cpu"
     assert result["environment"]["threads"] == 2
-    for arm in result["impls"].values():
-        speed, first = f"{arm['tokens_per_s']:.3g}", f"{arm['first_token_ms']:,.0f}"
-        assert f"| {speed} | {first} | {arm['peak_bytes'] / 2**20:,.1f} |" in readme
+    for run in result["runs"].values():
+        speed, first = f"{run['tokens_per_s']:.3g}", f"{run['first_token_ms']:,.0f}"
+        assert f"| {speed} | {first} | {run['peak_bytes'] / 2**20:,.1f} |" in readme
     claims = {claim["claim"]: claim["figure"] for claim in result["claims"]}
     assert f"at {claims['speed with lens over without']:.2f} of its speed" in readme
     paper = claims["speed with lens over the paper's method"]
@@ -247,23 +245,23 @@ def test_readme_says_how_steerable_it_is() -> None:
     for path in QUESTIONS:
         name = path.stem.removeprefix("dispositions-")
         result = json.loads((ROOT / f"bench/results/steer-{name}.json").read_text())
-        place, suggested = result["suggestion_rank"], result["suggested"]
+        rank, suggested = result["suggestion_rank"], result["suggested"]
         tap = next(
             tap
             for tap in result["taps"]
             if (tap["layer"], tap["point"]) == (suggested["layer"], suggested["point"])
         )
         slope, control = (
-            f"{own['mean']:+.2f} ({own['low']:+.2f} to {own['high']:+.2f})"
-            for own in (tap["slope"], tap["control_slope"])
+            f"{each['mean']:+.2f} ({each['low']:+.2f} to {each['high']:+.2f})"
+            for each in (tap["slope"], tap["control_slope"])
         )
-        own = tap["slope"]
+        ours = tap["slope"]
         assert (
-            f"| {name} | {suggested['layer']} | {slope} | {own['spearman']:+.2f} | "
-            f"{own['negative_share']:.0%} | {control} | {place['rank']} of {place['of']} |"
+            f"| {name} | {suggested['layer']} | {slope} | {ours['spearman']:+.2f} | "
+            f"{ours['negative_share']:.0%} | {control} | {rank['rank']} of {rank['of']} |"
         ) in readme
-        assert own["low"] > max(0, tap["control_slope"]["high"])
-        assert own["spearman"] >= 0.9 and own["negative_share"] < 0.15
+        assert ours["low"] > max(0, tap["control_slope"]["high"])
+        assert ours["spearman"] >= 0.9 and ours["negative_share"] < 0.15
         assert (result["n_items"], result["n_train"]) == (120, 80)
     by_label = json.loads((ROOT / "bench/results/steer-label-cautious-bold.json").read_text())
     largest = max(abs(tap["slope"]["mean"]) for tap in by_label["taps"])

@@ -1,4 +1,4 @@
-"""What launch.sh hands to pytest."""
+"""The arguments that launch.sh hands to pytest."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import shardlens
 from shardlens.cli import main
-from shardlens.model.points import Tap
-from shardlens.model.source import DEMO
+from shardlens.model import DEMO, Tap
 
 PAIRS = DEMO / "dispositions-cautious-bold.jsonl"
 CONTRAST = ["--contrast", "Anna is cautious.", "Anna is bold."]

@@ -11,8 +11,7 @@ import pytest
 
 from shardlens.cli import main
 from shardlens.engine import Steering, SteeringVectors
-from shardlens.model.load import load_model
-from shardlens.model.source import DEMO
+from shardlens.model import DEMO, load_model
 from shardlens.tokenizer import Tokenizer
 
 CONTRAST = ["--contrast", "Anna is cautious.", "Anna is bold."]
@@ -56,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         def call(*args: Any, **options: Any) -> Any:
             counts[name] += 1
             if name == "load_model":  # which is done last, when all inputs are read
-                counts["encoded before loading"] = counts["Tokenizer.encode"]
+                counts["encoded before loading"] = counts["Tokenizer.encode_with_spans"]
             return real(*args, **options)
 
         monkeypatch.setattr(owner, attribute, call)
@@ -65,7 +64,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         for user in users.split():
             module, attribute = user.split(":")
             watch(import_module(module), attribute, name)
-    for kind in (Tokenizer.encode, Steering.check, Steering._check_vector, SteeringVectors.check):
+    for kind in (
+        Tokenizer.encode_with_spans,
+        Steering.check,
+        Steering._check_vector,
+        SteeringVectors.check,
+    ):
         owner = {"Tokenizer": Tokenizer, "Steering": Steering, "SteeringVectors": SteeringVectors}
         class_name, method = kind.__qualname__.split(".")
         watch(owner[class_name], method, kind.__qualname__)
@@ -78,7 +82,7 @@ def test_extract_encodes_each_pair_once(few: Path, tmp_path: Path, calls: Counte
     assert main([*words, "--out", str(tmp_path / "v.safetensors")]) == 0
     assert calls["read_pairs"] == calls["load_model"] == 1
     assert calls["encode_pair"] == N_PAIRS and calls["encode_contrast"] == 0
-    assert calls["Tokenizer.encode"] == calls["encoded before loading"] == 2 * N_PAIRS
+    assert calls["Tokenizer.encode_with_spans"] == calls["encoded before loading"] == 2 * N_PAIRS
 
 
 @pytest.mark.parametrize("contrast", [[], CONTRAST], ids=["answers", "contrast"])
@@ -90,7 +94,11 @@ def test_eval_of_pairs_alone(contrast: list[str], few: Path, calls: Counter[str]
     assert calls["read_pairs"] == calls["load_model"] == calls["suggest"] == 1
     assert calls["encode_pair"] == N_PAIRS
     assert calls["encode_contrast"] == (N_PAIRS if contrast else 0)
-    assert calls["Tokenizer.encode"] == calls["encoded before loading"] == 2 * forms * N_PAIRS
+    assert (
+        calls["Tokenizer.encode_with_spans"]
+        == calls["encoded before loading"]
+        == 2 * forms * N_PAIRS
+    )
     assert calls["read_fields"] == 0
 
 
@@ -101,7 +109,7 @@ def test_eval_of_a_vector(layers: str, few: Path, vector: Path, calls: Counter[s
     assert calls["read_pairs"] == calls["read_fields"] == calls["load_model"] == 1
     assert calls["suggest"] == calls["SteeringVectors.check"] == 1
     assert calls["encode_pair"] == N_PAIRS
-    assert calls["Tokenizer.encode"] == calls["encoded before loading"] == 2 * N_PAIRS
+    assert calls["Tokenizer.encode_with_spans"] == calls["encoded before loading"] == 2 * N_PAIRS
     assert calls["Steering.check"] == calls["Steering._check_vector"] == 0
 
 
@@ -109,5 +117,5 @@ def test_generate_of_two_scales(vector: Path, calls: Counter[str]) -> None:
     words = ["steer", "generate", "demo", "--vector", str(vector), "--prompt", PROMPT]
     assert main([*words, "--layers", "1", "--scale", "-1", "1", "--max-new-tokens", "3"]) == 0
     assert calls["read_fields"] == calls["load_model"] == 1
-    assert calls["Tokenizer.encode"] == calls["encoded before loading"] == 1
+    assert calls["Tokenizer.encode_with_spans"] == calls["encoded before loading"] == 1
     assert calls["Steering.check"] == calls["Steering._check_vector"] == 2  # once each

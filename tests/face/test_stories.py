@@ -10,7 +10,7 @@ import torch
 from tolerances import PASSES
 
 import shardlens
-from shardlens.parallel.group import TensorParallel
+from shardlens.parallel import TensorParallel
 
 PROMPT = "Once upon a time, there was a little girl named"
 
@@ -38,8 +38,8 @@ def test_greedy_continuation_and_last_layer(
         assert trace.input_ids == expected[0].tolist()
         with torch.no_grad():
             logprobs = hf(expected).logits[0].double().log_softmax(-1)
-        at_winners = logprobs[trace.positions].gather(-1, trace.token_ids[:, -1])
-        assert (trace.logprobs[:, -1] - at_winners).abs().max() <= PASSES
+        expected_logprobs = logprobs[trace.positions].gather(-1, trace.token_ids[:, -1])
+        assert (trace.logprobs[:, -1] - expected_logprobs).abs().max() <= PASSES
         assert torch.equal(trace.token_ids[:, -1, 0], logprobs[trace.positions].argmax(-1))
 
 

@@ -95,7 +95,27 @@ def test_a_template_that_needs_tools_says_so(shared_data: Path) -> None:
         "{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
         "{{ {'b': '<é>', 'a': 1} | tojson(indent=2, sort_keys=true) }}{{ ['é'] | tojson(true) }}",
         "{{ tools is none }}{{ undefined_name }}{{ bos_token }}{{ eos_token }}{{ pad_token }}",
-        "{{ dict(a=1).items() | list }}",
+        "{{ dict(a=1).items() | list }}{{ {'a': [1, (2, 'x')]} }}",
+        "{{ messages[1:] }}{{ messages[::-1][0].role }}{{ 'abc'[:2] ~ 1 ~ none ~ [2] }}",
+        "{% for m in messages if m.role == 'user' and 'W' in m.content %}{{ loop.length }}"
+        "{{ m.content | trim }}{% else %}none{% endfor %}",
+        "{% for x in [1, [2, [3]]] recursive %}{% if x is iterable %}{{ loop(x) }}{% else %}"
+        "{{ loop.depth }}{{ x }}{% endif %}{% endfor %}",
+        "{% macro m(x, y=[]) %}<{{ x }}{{ y }}{{ varargs }}{{ caller() if caller }}>{% endmacro %}"
+        "{{ m(1) }}{{ m(1, 2, 3) }}{% call m(messages[0].role) %}inner{% endcall %}",
+        "{% set x %}{{ bos_token }}b{% endset %}{{ x * 2 + 'c' }}{{ [1] * 2 + [3] }}"
+        "{{ 2 ** 9 % 7 }}",
+        "{{ [messages[:1], messages] | sum(start=[]) }}{{ [{'a': {'b': 2}}] | sum('a.b') }}",
+        "{{ [1, 2.5] | sum(start=1) }}{{ messages | length }}",
+        "{{ '%s-%05.1f|%(a)s' | replace('|%(a)s', '') | format('é', 2) }}{{ '%(a)s' % {'a': 3} }}",
+        "{{ '{:>5}{a[role]}'.format(1, a=messages[0]) }}{{ 'x'.center(5) }}{{ 'a,b'.split(',') }}",
+        "{{ messages | map(attribute='role') | join(', ') }}"
+        "{{ ', '.join(messages | map('string')) }}",
+        "{{ messages | groupby('role') | list }}{{ [3, 1] | sort | first }}{{ 7.25 | round(1) }}",
+        "{{ 'a\nb' | indent(2) }}{{ 'a' | center(5) }}{{ [1, 2, 3] | batch(2, 0) | list }}",
+        "{% autoescape true %}{{ '<' ~ '&' }}{{ '<b>' | safe ~ '<' }}{% endautoescape %}",
+        "{{ [1, [2, {'b': 'é'}]] | tojson(indent=3, separators=(', ', '= ')) }}",
+        "{% if not (1 < 2 <= 2 != 3) or 'a' in {'a': 1} %}{{ 4 is odd }}{% endif %}{{ 3 is odd }}",
     ],
 )
 def test_language_features_as_in_transformers(source: str) -> None:
