@@ -139,8 +139,11 @@ def _files(directory: Path) -> dict[str, Path]:
             )
         return {name: directory / file for name, file in files.items()}
     if not single.exists():
+        pickled = next((path.name for path in sorted(directory.glob("*.bin"))), None)
+        instead = f" ({pickled} is a pickle: take a revision in safetensors)" if pickled else ""
         raise ValueError(
-            f"{directory} holds neither {SINGLE} nor {INDEX}: only safetensors weights are read"
+            f"{directory} holds neither {SINGLE} nor {INDEX}: only safetensors weights are "
+            f"read{instead}"
         )
     with opened(single) as file:
         return dict.fromkeys(file.keys(), single)

@@ -108,6 +108,13 @@ def test_a_single_file_beside_an_index(tmp_path: Path) -> None:
         ModelFiles(directory).weights()
 
 
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    directory = save(hf_model("llama-mha"), tmp_path / "m")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle: take a revision"):
+        ModelFiles(directory).weights()
+
+
 @pytest.mark.parametrize("kind", ["fifo", "folder"])
 def test_a_weights_file_that_is_none(kind: str, tmp_path: Path) -> None:
     directory = save(hf_model("llama-mha"), tmp_path / "m")
