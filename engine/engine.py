@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..model.arguments import integer
 from ..model.transformer import Transformer
 from .edit_table import TableShape
 from .fit import Target, largest_batch
@@ -90,6 +91,7 @@ class Engine:
         generations = self._checked(requests, on_rows)
         if max_batch is None:
             max_batch = self._largest_batch(generations, capture)
+        max_batch = integer(max_batch, "max_batch")
         if max_batch < 1:
             raise ValueError(f"max_batch {max_batch} is below 1")
         n_slots = min(len(generations), max_batch)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
+from ..model.arguments import all_of, integer, integers, is_integer, optional
 from ..model.config import ModelConfig
 from .edit_table import RequestEdits
 from .lens_rows import LensRecord
@@ -37,17 +38,35 @@ class Request:
     anything. stop_ids: tokens that end the text and are kept; default the model's own end tokens.
     stop: texts that end it, for a `LanguageModel`: the new tokens stay as they are, the result's
     text ends before the first. ends: whether the new tokens so far end the text, which every rank
-    must answer alike.
+    must answer alike. Raises ValueError for values of another kind.
     """
 
     prompt: Prompt
     max_new_tokens: int = 64
     sampling: Sampling = GREEDY
-    steering: Sequence[Steering] = ()
+    steering: Steering | Sequence[Steering] = ()
     lens: LensSpec | None = None
     stop_ids: Collection[int] | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     ends: Ends | None = None
+
+    def __post_init__(self) -> None:
+        what = "a Steering or a list of them"
+        checked: dict[str, Any] = {
+            "max_new_tokens": integer(self.max_new_tokens, "max_new_tokens"),
+            "steering": tuple(all_of(self.steering, Steering, "steering", what)),
+        }
+        if self.stop is None:
+            checked["stop"] = ()
+        elif not isinstance(self.stop, str):
+            checked["stop"] = tuple(all_of(self.stop, str, "stop", "a text or a list of texts"))
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling is of type {type(self.sampling).__name__}: give a Sampling")
+        optional(self.lens, LensSpec, "lens", "a LensSpec or None")
+        if self.stop_ids is not None:
+            checked["stop_ids"] = frozenset(integers(self.stop_ids, "stop_ids"))
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # frozen, but still being constructed
 
 
 class Generation:
@@ -59,13 +78,15 @@ class Generation:
     """
 
     def __init__(self, number: int, request: Request, config: ModelConfig) -> None:
-        self.number, self.request, self.config = number, request, config
+        self.number, self.config = number, config
         self.prompt = _ids(request.prompt)
-        if request.stop:
+        self.request = replace(request, prompt=self.prompt)
+        if request.stop not in ((), None):
             raise ValueError("the engine reads no text: give stop texts to a LanguageModel")
         self.max_new_tokens = request.max_new_tokens
         stop_ids = config.eos_token_ids if request.stop_ids is None else request.stop_ids
         self.stop_ids = frozenset(stop_ids)
+        self.steering = tuple(all_of(request.steering, Steering, "steering", "a Steering"))
         self.ends = request.ends
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -81,14 +102,19 @@ class Generation:
     def check(self, name: str) -> None:
         """Raise ValueError for whatever the model cannot do, naming the request by `name`."""
         check_prompt(self.prompt, self.max_new_tokens, self.config, name)
-        for steering in self.request.steering:
+        for token in sorted(self.stop_ids):
+            if not 0 <= token < 2**31:
+                raise ValueError(f"stop_ids of {name} hold {token}, which is no token id")
+        n_fed = len(self.prompt) + max(0, self.max_new_tokens - 1)  # the last token is not
+        for steering in self.steering:
             steering.check(self.config)
+            steering.check_reach(len(self.prompt), n_fed, name)
 
     def arrange_edits(self, capacity: int) -> None:
         """Find the passes of the request's edits in a cache of so many positions."""
-        if self.request.steering:
+        if self.steering:
             n_prompt, n_layers = len(self.prompt), self.config.n_layers
-            self.edits = RequestEdits(self.request.steering, n_prompt, capacity, n_layers)
+            self.edits = RequestEdits(self.steering, n_prompt, capacity, n_layers)
 
     @property
     def n_cached(self) -> int:
@@ -132,9 +158,10 @@ def check_prompt(
 
 
 def _ids(prompt: Prompt) -> list[int]:
-    ids: list[Any] = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-    if isinstance(prompt, str) or any(isinstance(each, Mapping) for each in ids[:1]):
+    is_text = isinstance(prompt, str | Mapping)
+    is_list = isinstance(prompt, Sequence) and not is_text
+    if is_text or (is_list and any(isinstance(each, str | Mapping) for each in prompt[:1])):
         raise ValueError("the engine takes token ids: give text to a LanguageModel")
-    if ids and not isinstance(ids[0], int):
-        raise ValueError("token ids of one text are a flat sequence of integers")
-    return ids
+    if is_integer(prompt):
+        raise ValueError(f"a prompt is {prompt}: give a list of token ids")
+    return integers(prompt, "the prompt")

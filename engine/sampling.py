@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kernels.gumbel import gumbel_reference
 from ..kernels.head_types import Noise
+from ..model.arguments import integer, number
 from ..parallel.head_reduce import HeadResult, SampleResult, mass_above, reduce_head
 from ..parallel.vocab import VocabHead
 
@@ -45,7 +46,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        checked = {
+            "temperature": number(self.temperature, "temperature"),
+            "top_k": integer(self.top_k, "top_k"),
+            "top_p": number(self.top_p, "top_p"),
+            "seed": integer(self.seed, "seed"),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # frozen, but still being constructed
+        if self.temperature < 0:
             raise ValueError(f"temperature {self.temperature} is not a number of 0 or more")
         if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} is below 0")

@@ -6,15 +6,17 @@ edits of a batch get to the device is the subject of `edit_table.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.edits import MODES
+from ..model.arguments import choice, integers, is_integer, number
 from ..model.config import ModelConfig
+from ..model.fields import shown
 from ..model.points import Layers, Tap, check_point, parse_layers
 from .vector_checks import check_direction, check_unit, check_width
 from .vectors import SteeringVectors
@@ -34,9 +36,10 @@ class Steering:
     mode: one of kernels.edits.MODES. scale: multiplies the vector; with "clamp" it is the component
     that the state gets along the vector. unit: what scale counts in, "vector" as given, or
     "resid_norm": then a scale of 1 makes the change (with "clamp" the component) as long as the
-    states at the tap are on average. positions: "all"; "prompt"; "generated", the positions of new
-    tokens; "last_prompt", the prompt's last; "label", the one after it; a number, all from that
-    position on; or a sequence of absolute positions.
+    states at the tap are on average. positions: "all"; "prompt"; "generated", those whose output
+    is a new token, so from the prompt's last on, as for a lens; "last_prompt", the prompt's last;
+    "label", the one after it; a number, all from that position on; or a sequence of absolute
+    positions.
 
     Edits that meet at a tap and position act one after another, in the order of their list.
 
@@ -56,17 +59,18 @@ class Steering:
     def __post_init__(self) -> None:
         if not isinstance(self.vector, Tensor | SteeringVectors):
             raise ValueError(f"a steering vector is a tensor, not a {type(self.vector).__name__}")
-        if self.mode not in MODES:
-            raise ValueError(f"steering mode {self.mode}: there are {', '.join(MODES)}")
-        if math.isnan(self.scale):
-            raise ValueError("the steering scale is not a number")
-        if math.isinf(self.scale):
-            raise ValueError("the steering scale is not finite")
-        _check_positions(self.positions)
-        self._check_unit()
         point = _default_point(self.vector) if self.point is None else self.point
-        check_point(point)
-        object.__setattr__(self, "point", point)  # frozen, but still being constructed
+        checked: dict[str, Any] = {
+            "mode": choice(self.mode, "steering mode", MODES),
+            "scale": number(self.scale, "the steering scale"),
+            "positions": _checked_positions(self.positions),
+            "point": check_point(point),
+        }
+        if not isinstance(self.layers, str):
+            checked["layers"] = tuple(integers(self.layers, "layers"))
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # frozen, but still being constructed
+        self._check_unit()
         self._check_vector()
 
     def _check_unit(self) -> None:
@@ -98,6 +102,14 @@ class Steering:
             self.vector.check(config)
         self.taps(config.n_layers)
 
+    def check_reach(self, prompt_length: int, n_fed: int, name: str) -> None:
+        """Raise ValueError where none of the positions is among the n_fed of a text."""
+        if not self.mask(prompt_length, n_fed).any():
+            raise ValueError(
+                f"an edit at positions {shown(self.positions)} touches nothing of {name}, of which "
+                f"positions 0 to {n_fed - 1} are read ({prompt_length} of them its prompt's)"
+            )
+
     def taps(self, n_layers: int) -> list[Tap]:
         """The taps that are edited, in order of layers."""
         assert self.point is not None  # __post_init__ filled it in
@@ -121,35 +133,38 @@ class Steering:
         """[capacity] bool: the positions that are edited."""
         position = torch.arange(capacity)
         if isinstance(self.positions, int):
-            return position >= self.positions
+            return position >= min(self.positions, capacity)
         if not isinstance(self.positions, str):
-            return torch.isin(position, torch.tensor(list(self.positions), dtype=torch.int64))
+            within = [each for each in self.positions if each < capacity]
+            return torch.isin(position, torch.tensor(within, dtype=torch.int64))
         return {
             "all": position >= 0,
             "prompt": position < prompt_length,
-            "generated": position >= prompt_length,
+            "generated": position >= prompt_length - 1,
             "last_prompt": position == prompt_length - 1,
             "label": position == prompt_length,
         }[self.positions]
 
 
-def _check_positions(rule: object) -> None:
-    """Check the annotation, for callers without a type checker."""
-    choice = f"there are {', '.join(POSITION_RULES)}, a first position, or a list of positions"
-    if isinstance(rule, str):
-        if rule not in POSITION_RULES:
-            raise ValueError(f"steering positions {rule!r}: {choice}")
-        return
-    numbers = list(rule) if isinstance(rule, Sequence) else [rule]
-    if not numbers:
+def _checked_positions(rule: Any) -> Rule:
+    """A rule by name, a first position, or a tuple of positions."""
+    if isinstance(rule, str) and rule in POSITION_RULES:
+        return rule
+    try:
+        found = integers(rule, "steering positions")
+    except ValueError:
+        raise ValueError(
+            f"steering positions {shown(rule)}: there are {', '.join(POSITION_RULES)}, a first "
+            "position, or a list of positions"
+        ) from None
+    if not found:
         raise ValueError("steering positions are an empty list: name at least one")
-    for number in numbers:
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise ValueError(f"steering positions of type {type(number).__name__}: {choice}")
-        if number < 0:
+    for position in found:
+        if position < 0:
             raise ValueError(
-                f"steering position {number} is below 0: positions count from the text's start"
+                f"steering position {position} is below 0: positions count from the text's start"
             )
+    return found[0] if is_integer(rule) else tuple(found)
 
 
 def _default_point(vector: Tensor | SteeringVectors) -> str:

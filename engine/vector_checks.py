@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..model.arguments import choice
 from ..model.config import ModelConfig
 
 UNITS = ("vector", "resid_norm")
@@ -27,5 +28,4 @@ def check_width(subject: str, width: int, config: ModelConfig) -> None:
 
 def check_unit(unit: str) -> None:
     """Raise ValueError for a unit that is none of UNITS."""
-    if unit not in UNITS:
-        raise ValueError(f"steering unit {unit}: there are {', '.join(UNITS)}")
+    choice(unit, "steering unit", UNITS)

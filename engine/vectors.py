@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig
-from ..model.points import POINTS, Layers, Tap, parse_layers
+from ..model.points import POINTS, Layers, Tap, check_point, parse_layers
 from .tap_names import listed, tap_name, tap_order
 from .vector_checks import check_direction, check_unit, check_width
 from .vector_fields import UNKNOWN_ORIGIN, Origin, VectorFields
@@ -137,12 +137,14 @@ class SteeringVectors:
 
         Raises ValueError for a layer, or a point, that has no vector.
         """
+        check_point(point)
         held = [tap.layer for tap in self.taps if tap.point == point]
         if not held:
             raise ValueError(
                 f"the steering vectors have none at {point}: they have {', '.join(self.points)}"
             )
-        wanted = held if layers == "all" else parse_layers(layers, self.n_layers)
+        is_all = isinstance(layers, str) and layers == "all"
+        wanted = held if is_all else parse_layers(layers, self.n_layers)
         missing = [layer for layer in wanted if layer not in held]
         if missing:
             raise ValueError(

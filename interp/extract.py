@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,14 @@ from ..engine.files import require
 from ..engine.fingerprint import model_fingerprint
 from ..engine.vector_fields import Origin
 from ..engine.vectors import SteeringVectors
-from ..model.points import POINTS, Layers, Tap, check_point, parse_layers
+from ..model.arguments import all_of, choice, choices, integers
+from ..model.points import POINTS, Layers, Tap, parse_layers
 from ..model.tap_sink import RowTaps
 from ..model.transformer import Transformer
 from ..tokenizer.tokenizer import Tokenizer
 from .directions import METHODS, direction
-from .labels import PromptForm
-from .pairs import Pair
+from .labels import PromptForm, checked_form
+from .pairs import Pair, checked_pairs
 from .prompts import PairIds, Side, check_length, encode_pairs
 
 AT = ("label", "last", "mean")
@@ -62,20 +64,23 @@ class Extraction:
     contrast: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
-        for name in self.points:
-            check_point(name)
-        if not self.points:
-            raise ValueError("no point is given")
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method}: there are {', '.join(METHODS)}")
-        if self.at not in AT:
-            raise ValueError(f"states at {self.at}: there are {', '.join(AT)}")
+        checked: dict[str, Any] = {
+            "point": tuple(choices(self.point, "point", POINTS)),
+            "method": choice(self.method, "method", METHODS),
+            "at": choice(self.at, "states at", AT),
+        }
+        if not isinstance(self.layers, str):
+            checked["layers"] = tuple(integers(self.layers, "layers"))
+        if self.contrast is not None:
+            checked["contrast"] = _two_texts(self.contrast)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # frozen, but still being constructed
         if self.method == "logistic":  # checked before the passes, which may be long
             require("sklearn", "probe", "method logistic")
 
     @property
     def points(self) -> tuple[str, ...]:
-        return (self.point,) if isinstance(self.point, str) else tuple(self.point)
+        return tuple(self.point)  # __post_init__ made it a tuple
 
     @property
     def read_at(self) -> str:
@@ -96,6 +101,13 @@ class Extraction:
         """The pairs as `extract_encoded` takes them. Raises ValueError as `encode_pairs` does."""
         needs_label = self.read_at == "label"
         return encode_pairs(tokenizer, pairs, form, needs_label=needs_label, contrast=self.contrast)
+
+
+def _two_texts(value: Any) -> tuple[str, str]:
+    texts = all_of(value, str, "contrast", "two texts")
+    if len(texts) != 2 or not all(texts):
+        raise ValueError(f"contrast has {len(texts)} texts: give two, neither of them empty")
+    return texts[0], texts[1]
 
 
 def extract(
@@ -120,8 +132,9 @@ def extract(
     states, or whose text is longer than the context; and as `Extraction` does.
     """
     extraction = Extraction(point, layers, method, at, contrast)
+    pairs, form = checked_pairs(pairs), checked_form(form)
     extraction.taps(model.config.n_layers)  # refused before the pairs are
-    encoded = extraction.encode(tokenizer, pairs, form or PromptForm())
+    encoded = extraction.encode(tokenizer, pairs, form)
     return extract_encoded(model, encoded, extraction, on_progress=on_progress)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..model import arguments
 from ..tokenizer.encoding import Span
 from ..tokenizer.tokenizer import Tokenizer
 
@@ -40,6 +41,13 @@ class PromptForm:
     plain: bool = False
 
     def __post_init__(self) -> None:
+        arguments.flag(self.chat, "chat")
+        arguments.flag(self.plain, "plain")
+        arguments.text(self.answer_prefix, "answer_prefix")
+        if self.system is not None:
+            arguments.text(self.system, "system")
+        template = arguments.optional(self.template, Mapping, "template", "a mapping of values")
+        object.__setattr__(self, "template", template or {})  # frozen, but being constructed
         if self.system is not None and not self.chat:
             raise ValueError("a system message needs the chat form; put it into the question")
         if self.template and not self.chat:
@@ -53,6 +61,12 @@ class PromptForm:
         user = {"role": "user", "content": question}
         system = {"role": "system", "content": self.system or ""}
         return [user] if self.system is None else [system, user]
+
+
+def checked_form(form: Any) -> PromptForm:
+    """A form, by default the plain one. Raises ValueError for another object."""
+    found = arguments.optional(form, PromptForm, "form", "a PromptForm or None")
+    return found or PromptForm()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..model import arguments
+
 EVAL_FIELDS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 SIDE_FIELDS = ("positive", "negative")
 
@@ -38,8 +40,10 @@ class Pair:
     other_question: str | None = None
 
     def __post_init__(self) -> None:
-        for text in (self.question, self.matching, self.other, self.other_question or ""):
-            _check_unicode(text)
+        for name in ("question", "matching", "other"):
+            _check_unicode(arguments.text(getattr(self, name), name))
+        if self.other_question is not None:
+            _check_unicode(arguments.text(self.other_question, "other_question"))
         if not self.matching.strip() or not self.other.strip():
             raise ValueError("an answer is empty; give each side a text")
         if self.other_question is not None and not all(self.questions):
@@ -60,6 +64,14 @@ class Pair:
         asked, other_asked = self.questions
         texts = json.dumps([asked, self.matching, other_asked, self.other])
         return hashlib.sha256(texts.encode()).hexdigest()[:16]
+
+
+def checked_pairs(pairs: Any) -> list[Pair]:
+    """Pairs as a list: one, or a sequence. Raises ValueError for none, and for other objects."""
+    found = arguments.all_of(pairs, Pair, "pairs", "a Pair or a list of them (see read_pairs)")
+    if not found:
+        raise ValueError("no pair is given")
+    return found
 
 
 def read_pairs(path: str | Path) -> list[Pair]:

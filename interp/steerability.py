@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,12 +18,13 @@ from torch import Tensor
 from ..engine.fingerprint import model_fingerprint
 from ..engine.vector_checks import check_unit
 from ..engine.vectors import SteeringVectors
+from ..model.arguments import choice, integer, numbers
 from ..model.points import Layers
 from ..model.transformer import Transformer
 from ..tokenizer.tokenizer import Tokenizer
 from .extract import OnProgress
-from .labels import PromptForm, quoted
-from .pairs import Pair
+from .labels import PromptForm, checked_form, quoted
+from .pairs import Pair, checked_pairs
 from .prompts import PairIds, balance, encode_pairs, map_pairs
 from .propensity import PROTOCOLS, Item, Variants, propensities
 from .report import SteerabilityReport
@@ -46,12 +47,18 @@ class Sweep:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol {self.protocol}: there are {', '.join(PROTOCOLS)}")
-        steps = [float(multiplier) for multiplier in self.multipliers]
-        if len(set(steps)) < 2 or not np.isfinite(steps).all():
-            raise ValueError("a slope needs at least two different finite multipliers")
-        object.__setattr__(self, "multipliers", steps)  # frozen, but still being constructed
+        steps = numbers(self.multipliers, "multipliers")
+        if len(set(steps)) < 2:
+            raise ValueError("a slope needs at least two different multipliers")
+        checked: dict[str, Any] = {
+            "multipliers": steps,
+            "protocol": choice(self.protocol, "protocol", PROTOCOLS),
+            "seed": integer(self.seed, "seed"),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # frozen, but still being constructed
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} is not between 0 and 2^63 - 1")
         check_unit(self.unit)
 
 
@@ -80,8 +87,11 @@ def steerability(
     or whose text is too long, fewer than two multipliers, and where no pair is left.
     """
     sweep = Sweep(multipliers, protocol, unit, seed)
+    if not isinstance(vectors, SteeringVectors):
+        raise ValueError(f"vectors are of type {type(vectors).__name__}: give SteeringVectors")
+    pairs, form = checked_pairs(pairs), checked_form(form)
     vectors.check(model.config)
-    encoded = encode_pairs(tokenizer, pairs, form or PromptForm())
+    encoded = encode_pairs(tokenizer, pairs, form)
     return steerability_encoded(
         model, encoded, vectors.select(point, layers), sweep, on_progress=on_progress
     )

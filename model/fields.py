@@ -110,7 +110,7 @@ class Fields:
 def shown(value: Any) -> str:
     """A stranger's value for a message: on one line, in ASCII, and short."""
     try:
-        text = ascii(value)
+        text = " ".join(ascii(value).split())
     except (ValueError, RecursionError):  # a whole number of thousands of digits; nesting
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
+
+from .arguments import choice, integers
 
 # In the order in which data passes through a block.
 POINTS = ("resid_pre", "attn_norm", "attn_out", "resid_mid", "mlp_norm", "mlp_out", "resid_post")
-Layers = Literal["all"] | str | Sequence[int]
+Layers = Literal["all"] | str | int | Sequence[int]
 
 
 class Tap(NamedTuple):
@@ -23,17 +26,21 @@ class Tap(NamedTuple):
         return Tap(self.layer + 1, "resid_pre") if self.point == "resid_post" else self
 
 
-def check_point(point: str) -> None:
-    if point not in POINTS:
-        raise ValueError(f"point {point} does not exist: there are {', '.join(POINTS)}")
+def check_point(point: str) -> str:
+    """`point`, which must be one of POINTS: ValueError otherwise."""
+    return choice(point, "point", POINTS)
 
 
 def parse_layers(layers: Layers, n_layers: int) -> list[int]:
-    """Block numbers in order, without repeats. Raises ValueError naming what does not exist."""
+    """Block numbers in order.
+
+    layers: "all", a text such as "0-3,8,-1", one number or several. Raises ValueError naming what
+    is no number, does not exist or is given twice.
+    """
     if isinstance(layers, str):
         numbers = list(range(n_layers)) if layers == "all" else _parse_ranges(layers, n_layers)
     else:
-        numbers = list(layers)
+        numbers = integers(layers, "layers")
     for number in numbers:
         if not -n_layers <= number < n_layers:
             raise ValueError(
@@ -41,7 +48,11 @@ def parse_layers(layers: Layers, n_layers: int) -> list[int]:
             )
     if not numbers:
         raise ValueError("no layer is given")
-    return sorted({number % n_layers for number in numbers})
+    found = sorted(number % n_layers for number in numbers)
+    for first, second in pairwise(found):
+        if first == second:
+            raise ValueError(f"layer {first} is given twice")
+    return found
 
 
 def _parse_ranges(text: str, n_layers: int) -> list[int]:

@@ -39,6 +39,10 @@ def find_model(
 
     found = None
     with agreed(parallel):
+        if not isinstance(source, str | Path):
+            raise ValueError(
+                f"a model of type {type(source).__name__}: give a name, or the path of its files"
+            )
         local, added = _local(source, revision), _adapter(adapter)
         found = None if local is None else ModelFiles(local, added)
     if found is not None:

@@ -32,6 +32,7 @@ from .interp.report import SteerabilityReport
 from .interp.slopes import MULTIPLIERS
 from .interp.steerability import steerability
 from .interp.trace import Trace
+from .model.arguments import is_integer
 from .model.load import load_model
 from .model.points import Layers
 from .model.source import find_model
@@ -65,12 +66,12 @@ class Result:
 class LensOptions(TypedDict, total=False):
     """The options of `LanguageModel.lens`, for its overloads."""
 
-    points: Sequence[str]
+    points: str | Sequence[str]
     layers: Layers
     top_k: int
     targets: str | int | None
     positions: str
-    steering: Sequence[Steering]
+    steering: Steering | Sequence[Steering]
     max_batch: int | None
     on_progress: OnProgress | None
 
@@ -81,7 +82,7 @@ class GenerateOptions(TypedDict, total=False):
     max_new_tokens: int
     sampling: Sampling
     lens: LensSpec | None
-    steering: Sequence[Steering]
+    steering: Steering | Sequence[Steering]
     stop_ids: Collection[int] | None
     stop: str | Sequence[str]
     max_batch: int | None
@@ -122,12 +123,12 @@ class LanguageModel:
         self,
         prompt: Prompt | Prompts,
         *,
-        points: Sequence[str] = ("resid_post",),
+        points: str | Sequence[str] = ("resid_post",),
         layers: Layers = "all",
         top_k: int = 5,
         targets: str | int | None = "next",
         positions: str = "all",
-        steering: Sequence[Steering] = (),
+        steering: Steering | Sequence[Steering] = (),
         max_batch: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> Trace | list[Trace]:
@@ -164,7 +165,7 @@ class LanguageModel:
         max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
         lens: LensSpec | None = None,
-        steering: Sequence[Steering] = (),
+        steering: Steering | Sequence[Steering] = (),
         stop_ids: Collection[int] | None = None,
         stop: str | Sequence[str] = (),
         max_batch: int | None = None,
@@ -301,14 +302,14 @@ class LanguageModel:
             capture=capture,
         )
         return [
-            self._result(generation, request.stop, has_trace=on_lens is None)
+            self._result(generation, request.stop or (), has_trace=on_lens is None)
             for generation, request in zip(generations, requests, strict=True)
         ]
 
     def _target(self, target: str | int | None) -> Literal["next"] | int | None:
-        if target == "next":
-            return "next"
-        return self.tokenizer.single_token(target) if isinstance(target, str) else target
+        if not isinstance(target, str):
+            return target
+        return "next" if target == "next" else self.tokenizer.single_token(target)
 
     def _encoded(self, request: Request) -> Request:
         """The request as the engine takes it: token ids, and ends that need no text."""
@@ -375,13 +376,13 @@ def is_conversation(prompt: object) -> TypeGuard[Conversation]:
 
 def _prompts(given: object) -> tuple[list[Any], bool]:
     """The prompts of a call, and whether it was given a single prompt and not a list."""
-    if isinstance(given, str | Request | Tensor):
+    if isinstance(given, str | Request) or hasattr(given, "shape"):  # a tensor, or an array
         return [given], True
-    if not isinstance(given, Sequence):
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
         raise ValueError(
             f"a prompt of type {type(given).__name__}: give text, token ids, a conversation or a "
             "Request, or a list of them"
         )
-    if not given or isinstance(given[0], int) or is_conversation(given):
+    if not given or is_integer(given[0]) or is_conversation(given):
         return [given], True
     return list(given), False

@@ -19,7 +19,7 @@ N_PROMPT = 11
 POSITIONS: dict[Any, list[int]] = {
     "all": list(range(19)),
     "prompt": list(range(11)),
-    "generated": list(range(11, 19)),
+    "generated": list(range(10, 19)),
     "last_prompt": [10],
     "label": [11],
     5: list(range(5, 19)),

@@ -68,11 +68,12 @@ def at(positions: Any, point: str = "mlp_norm", layers: Any = "all") -> Steering
     "edits, n_passes",
     [
         ([at("all")], {"mlp_norm": 1}),
-        ([at("prompt"), at("generated")], {"mlp_norm": 1}),
+        ([at("prompt"), at(N_PROMPT)], {"mlp_norm": 1}),
+        ([at("prompt"), at("generated")], {"mlp_norm": 2}),  # both have the prompt's last
         ([at("prompt"), at("label")], {"mlp_norm": 1}),
         ([at("generated"), at("label")], {"mlp_norm": 2}),
         ([at("all"), at(18)], {"mlp_norm": 2}),
-        ([at("prompt"), at("generated"), at("all")], {"mlp_norm": 2}),
+        ([at("prompt"), at("generated"), at("all")], {"mlp_norm": 3}),
         # the last meets the second alone, which meets the first
         ([at("prompt"), at((3, 12)), at("generated")], {"mlp_norm": 3}),
         ([at("all", layers=[0]), at("all", layers=[1])], {"mlp_norm": 1}),
@@ -109,7 +110,7 @@ def test_rows_of_vectors_are_shared() -> None:
 
 def test_a_shape_covers_what_has_no_more_of_anything() -> None:
     lone, pair = shape_of(at("all")), shape_of(at("all"), at("all"))
-    apart = shape_of(at("prompt"), at("generated"))
+    apart = shape_of(at("prompt"), at(N_PROMPT))
     assert pair.covers(pair) and pair.covers(lone) and pair.covers(apart)
     assert not lone.covers(pair) and not apart.covers(pair)
     elsewhere = shape_of(at("all"), at("all", "attn_out"), at("all", "attn_out"))
@@ -242,12 +243,15 @@ def test_label_is_the_position_after_each_prompt(model: Transformer) -> None:
             max_new_tokens=3,
             stop_ids=(),
             lens=shardlens.LensSpec(),
-            steering=[[Steering(V, mode="clamp", scale=3.0, positions=rule)] for rule in rules],
+            steering=[
+                [] if rule is None else [Steering(V, mode="clamp", scale=3.0, positions=rule)]
+                for rule in rules
+            ],
         )
         results = shardlens.LanguageModel(model).generate(requests)
         return [result.trace for result in results]
 
-    labels, bare = traces(["label"] * 3), traces([[100]] * 3)
+    labels, bare = traces(["label"] * 3), traces([None] * 3)
     explicit = traces([[len(prompt)] for prompt in PROMPTS])
     for label, other, none, prompt in zip(labels, explicit, bare, PROMPTS, strict=True):
         n = len(prompt)

@@ -169,9 +169,9 @@ def test_a_lens_shortens_prefill_chunks() -> None:
 
 def test_thousands_of_ranks_cost_no_more_time() -> None:
     config = ModelConfig.from_hf(LLAMA_405B | dict(num_attention_heads=8192, head_dim=128))
-    start = time.perf_counter()
+    start = time.process_time()
     planned = plan(config, ranks=8192, context=8192)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert planned.weights_bytes < plan(config, ranks=4096, context=8192).weights_bytes
 
 

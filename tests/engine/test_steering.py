@@ -10,6 +10,7 @@ import torch
 from oracles import hf_model, save
 from steered import (
     IDS,
+    N_PROMPT,
     POSITIONS,
     SCALE,
     direction,
@@ -167,7 +168,7 @@ def test_edits_of_one_request_apart(case: tuple[Any, Path]) -> None:
     model = load(case[1], TensorParallel.single())
     v = direction(1)
     whole = Steering(v, [1], "mlp_norm")
-    halves = [Steering(v, [1], "mlp_norm", positions=rule) for rule in ("prompt", "generated")]
+    halves = [Steering(v, [1], "mlp_norm", positions=rule) for rule in ("prompt", N_PROMPT)]
     assert torch.equal(forced(model, [whole]), forced(model, halves))
 
 
@@ -192,17 +193,19 @@ TWO = vectors_at((0, "mlp_out"), (2, "mlp_out"))
         (dict(vector=torch.ones(2, 48)), "the steering vector has shape [2, 48]: it needs one dim"),
         (dict(vector=HOLEY), "the steering vector is not finite"),
         (dict(vector=torch.zeros(48)), "the steering vector is all zeros: it has no direction"),
-        (dict(scale=float("inf")), "the steering scale is not finite"),
-        (dict(scale=float("nan")), "the steering scale is not a number"),
+        (dict(scale=float("inf")), "the steering scale is inf, which is not finite"),
+        (dict(scale=float("nan")), "the steering scale is nan, which is not finite"),
         (dict(point="resid"), f"point resid does not exist: there are {', '.join(POINTS)}"),
-        (dict(mode="subtract"), f"steering mode subtract: there are {', '.join(MODES)}"),
+        (
+            dict(mode="subtract"),
+            f"steering mode subtract does not exist: there are {', '.join(MODES)}",
+        ),
         (dict(positions="labels"), f"steering positions 'labels': there are {RULES}"),
-        (dict(positions=True), f"steering positions of type bool: there are {RULES}"),
-        (dict(positions=[2, False]), f"steering positions of type bool: there are {RULES}"),
-        (dict(positions=1.5), f"steering positions of type float: there are {RULES}"),
-        (dict(positions=None), f"steering positions of type NoneType: there are {RULES}"),
-        (dict(positions={1}), f"steering positions of type set: there are {RULES}"),
-        (dict(positions=["2"]), f"steering positions of type str: there are {RULES}"),
+        (dict(positions=True), f"steering positions True: there are {RULES}"),
+        (dict(positions=[2, False]), f"steering positions [2, False]: there are {RULES}"),
+        (dict(positions=1.5), f"steering positions 1.5: there are {RULES}"),
+        (dict(positions=None), f"steering positions None: there are {RULES}"),
+        (dict(positions=["2"]), f"steering positions ['2']: there are {RULES}"),
         (dict(positions=[]), "steering positions are an empty list: name at least one"),
         (
             dict(positions=-1),
@@ -212,7 +215,7 @@ TWO = vectors_at((0, "mlp_out"), (2, "mlp_out"))
             dict(positions=[4, -2]),
             "steering position -2 is below 0: positions count from the text's start",
         ),
-        (dict(unit="norm"), "steering unit norm: there are vector, resid_norm"),
+        (dict(unit="norm"), "steering unit norm does not exist: there are vector, resid_norm"),
         (
             dict(unit="resid_norm"),
             "unit resid_norm needs SteeringVectors, which know the norm of the states: "
@@ -264,3 +267,23 @@ def test_refused(case: tuple[Any, Path], options: dict[str, Any], message: str) 
         steering = Steering(**{"vector": torch.ones(48), **options})
         shardlens.LanguageModel(model).generate(IDS, steering=[steering])
     assert str(raised.value) == message
+
+
+def test_an_edit_that_touches_nothing_is_refused(case: tuple[Any, Path]) -> None:
+    """Positions that no pass of the text will have, such as that of the last new token."""
+    lm = shardlens.LanguageModel(load(case[1], TensorParallel.single()))
+    v, prompt = direction(1), IDS[:4]
+
+    def edited(positions: Any, n_new: int) -> list[int]:
+        edit = Steering(v, point="resid_post", scale=30.0, positions=positions)
+        result = lm.generate(prompt, max_new_tokens=n_new, stop_ids=(), steering=edit)
+        return result.token_ids
+
+    for positions, n_new in [([500], 8), (400, 8), ("label", 1), (4, 1), ([11], 8), (10**30, 8)]:
+        with pytest.raises(ValueError, match="touches nothing of the prompt, of which positions 0"):
+            edited(positions, n_new)
+    plain = lm.generate(prompt, max_new_tokens=1, stop_ids=()).token_ids
+    assert edited("generated", 1) == edited("last_prompt", 1) == edited(3, 1) != plain
+    assert edited([10], 8)
+    reads = lm.lens(prompt, positions="generated", steering=Steering(v, positions="generated"))
+    assert reads.positions.tolist() == [3]

@@ -215,7 +215,9 @@ def test_a_unit_is_the_vector_or_the_norm_of_the_states() -> None:
     vectors, tap = made(), Tap(2, "attn_out")
     assert vectors.unit_scale(tap, "vector") == 1
     assert vectors.unit_scale(tap, "resid_norm") == 12.5 / vectors.norm(tap)
-    with pytest.raises(ValueError, match="steering unit metre: there are vector, resid_norm"):
+    with pytest.raises(
+        ValueError, match="steering unit metre does not exist: there are vector, resid_norm"
+    ):
         vectors.unit_scale(tap, "metre")
 
 

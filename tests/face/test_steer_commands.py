@@ -76,11 +76,19 @@ def test_generate_shows_texts_side_by_side(
     lm = shardlens.load("demo")
     plain = lm.generate(PROMPT, max_new_tokens=12)
     assert isinstance(plain, shardlens.Result) and texts[None] == plain.text
-    more = ["--layers", "1", "--scale", "9", "--positions", "1000-", "--json", str(out)]
-    assert main([*words, "--max-new-tokens", "12", *more]) == 0
-    unreached = json.loads(out.read_text())["results"]
-    assert unreached[0]["text"] == unreached[1]["text"] == plain.text
-    assert "warning" not in "\n".join(lines_of(capsys))
+    assert "warning" not in printed
+
+
+def test_an_edit_out_of_reach_is_refused(
+    vector: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "texts.json"
+    words = ["steer", "generate", "demo", "--vector", str(vector), "--prompt", PROMPT]
+    for positions in ("1000-", "999", "label"):
+        more = ["--layers", "1", "--scale", "9", "--positions", positions, "--json", str(out)]
+        assert main([*words, "--max-new-tokens", "1", *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "touches nothing of prompt 1" in line and not out.exists()
 
 
 def test_a_vector_of_another_model_is_warned_of(

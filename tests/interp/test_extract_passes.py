@@ -129,7 +129,7 @@ def test_ranks_exchange_what_the_passes_do(
 LAST_ALIKE = Pair("", "Once upon a time", "One day a time")
 LONG = Pair("Lily ran." * 40, "(A)", "(B)")
 WRONG: dict[str, tuple[list[Pair], dict[str, Any]]] = {
-    "there is no pair to extract a vector from": ([], {}),
+    "no pair is given": ([], {}),
     f"point nowhere does not exist: there are {', '.join(POINTS)}": (SHORT, {"point": "nowhere"}),
     "no point is given": (SHORT, {"point": ()}),
     "resid_post of a layer is resid_pre of the next: give one of the two": (
@@ -137,8 +137,11 @@ WRONG: dict[str, tuple[list[Pair], dict[str, Any]]] = {
         {"point": POINTS},
     ),
     "layer 3 does not exist: the model has layers 0 to 2": (SHORT, {"layers": [3]}),
-    "method median: there are mean_diff, pca, logistic": (SHORT, {"method": "median"}),
-    "states at first: there are label, last, mean": (SHORT, {"at": "first"}),
+    "method median does not exist: there are mean_diff, pca, logistic": (
+        SHORT,
+        {"method": "median"},
+    ),
+    "states at first does not exist: there are label, last, mean": (SHORT, {"at": "first"}),
     "pair 2 has 246 tokens, more than the context of 128": ([SHORT[0], LONG], {}),
     'pair 2: the label "Yes" is 2 tokens (" Y", "es"): choose pairs whose answers differ in one '
     "token": ([SHORT[0], Pair("Sure?", "Yes", "No")], {}),
