@@ -56,10 +56,8 @@ class Request:
             "max_new_tokens": integer(self.max_new_tokens, "max_new_tokens"),
             "steering": tuple(all_of(self.steering, Steering, "steering", what)),
         }
-        if self.stop is None:
-            checked["stop"] = ()
-        elif not isinstance(self.stop, str):
-            checked["stop"] = tuple(all_of(self.stop, str, "stop", "a text or a list of texts"))
+        stop = () if self.stop is None else self.stop
+        checked["stop"] = tuple(all_of(stop, str, "stop", "a text or a list of texts"))
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling is of type {type(self.sampling).__name__}: give a Sampling")
         optional(self.lens, LensSpec, "lens", "a LensSpec or None")
@@ -81,7 +79,7 @@ class Generation:
         self.number, self.config = number, config
         self.prompt = _ids(request.prompt)
         self.request = replace(request, prompt=self.prompt)
-        if request.stop not in ((), None):
+        if request.stop:
             raise ValueError("the engine reads no text: give stop texts to a LanguageModel")
         self.max_new_tokens = request.max_new_tokens
         stop_ids = config.eos_token_ids if request.stop_ids is None else request.stop_ids
