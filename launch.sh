@@ -10,7 +10,7 @@
 #   ./launch.sh check            lint and type check
 #
 # RANKS defaults to the GPUs present, or 1. Other options before COMMAND go to
-# torch.distributed.run as they are.
+# torch.distributed.run as they are. It listens on all interfaces: only on a network that you trust.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
@@ -37,24 +37,43 @@ set_up() {
 
 gpus() { nvidia-smi --list-gpus 2>/dev/null | grep -c . || true; }
 
-# run RANKS COMMAND...: one process directly, more of them under torch.distributed.run.
+# run RANKS COMMAND...: one process directly, more of them under shardlens.launcher, which takes the
+# place of this shell; those of several machines under torch.distributed.run.
 run() {
     local ranks=$1
     shift
-    if [ "$ranks" = 1 ] && [ ${#passed[@]} = 0 ]; then
-        "$python" -m shardlens "$@"
-        return
+    if [ ${#passed[@]} != 0 ]; then
+        share_cores "$ranks"
+        run_across "$ranks" "$@"
+    elif [ "$ranks" = 1 ]; then
+        exec "$python" -m shardlens "$@"
+    else
+        share_cores "$ranks"
+        exec "$python" -m shardlens.launcher -n "$ranks" -- "$@"
     fi
-    local cores code_file status=0
+}
+
+share_cores() {
+    local cores
     cores=$(nproc 2>/dev/null || echo 1)
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-    # torch.distributed.run ends with 1 whatever its ranks say: they leave bad input's code here.
-    code_file=$(mktemp)
-    SHARDLENS_EXIT_CODE_FILE=$code_file "$python" -m torch.distributed.run \
-        --nproc-per-node "$ranks" ${rendezvous[@]+"${rendezvous[@]}"} ${passed[@]+"${passed[@]}"} \
-        -m shardlens "$@" || status=$?
-    if [ -s "$code_file" ]; then status=$(cat "$code_file"); fi
-    rm -f "$code_file"
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
+}
+
+# torch.distributed.run ends with 1 whatever its ranks say: they leave bad input's code in a file.
+run_across() {
+    local ranks=$1 status=0
+    shift
+    temporary_folder
+    trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+    trap : INT  # from the terminal, it reaches torch.distributed.run, too
+    SHARDLENS_EXIT_CODE_FILE=$folder/code "$python" -m torch.distributed.run \
+        --nproc-per-node "$ranks" --log-dir "$folder/logs" "${passed[@]}" -m shardlens "$@" &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do  # a trap ends a wait
+        status=0
+        wait "$child" || status=$?
+    done
+    if [ -s "$folder/code" ]; then status=$(cat "$folder/code"); fi
     return "$status"
 }
 
@@ -66,7 +85,15 @@ show() {
         line+=" $word"
     done
     printf '\n%s\n' "$line"
-    run 2 "$@"
+    (run 2 "$@")  # in a shell of its own, whose place it takes
+}
+
+# A folder that is removed however the script ends.
+temporary_folder() {
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
 }
 
 demo() {
@@ -74,29 +101,27 @@ demo() {
     show lens demo --prompt "The capital of Norvia is" --max-new-tokens 2
     show lens demo --max-new-tokens 3 --positions generated --prompt \
         "Mira puts the ring in the drawer. Hugo puts the key in the barn. Later Mira looks for the"
-    local vector
-    vector=$(mktemp -d)/cautious.safetensors
+    temporary_folder
+    local vector=$folder/cautious.safetensors
     cd "$here"
     show steer extract demo --pairs model/demo/dispositions-cautious-bold.jsonl --share 0.4 \
         --contrast "Anna is cautious." "Anna is bold." --layers 1-5 --out "$vector"
     show steer generate demo --vector "$vector" --layers 1 --scale -1 1 --max-new-tokens 16 \
         --prompt "A bear stands near the barn. Anna wants to"
     show steer eval demo --pairs model/demo/dispositions-cautious-bold.jsonl --vector "$vector"
-    rm -r "$(dirname "$vector")"
 }
 
 demo_smollm2() {
     "$python" -m shardlens model smollm2
     show generate smollm2 --chat --prompt "What is the capital of France?" --max-new-tokens 24
     show lens smollm2 --prompt "The capital of France is" --layers 18-29
-    local vector
-    vector=$(mktemp -d)/cautious.safetensors
+    temporary_folder
+    local vector=$folder/cautious.safetensors
     cd "$here"
     show steer extract smollm2 --pairs model/demo/dispositions-cautious-bold.jsonl --share 0.1 \
         --contrast "You are cautious and afraid." "You are bold and reckless." --layers 14 --out "$vector"
     show steer generate smollm2 --vector "$vector" --layers 14 --scale -8 8 --max-new-tokens 24 \
         --prompt "Anna saw a bear near the barn, and she"
-    rm -r "$(dirname "$vector")"
 }
 
 # Type checkers cannot see through the package-dir mapping: they are shown links laid as packages.
@@ -146,9 +171,6 @@ if [ $# = 0 ]; then usage >&2; exit 2; fi
 if [ -z "$ranks" ]; then ranks=$(gpus); fi
 if ! [[ $ranks =~ ^[0-9]+$ ]]; then echo "launch.sh: -n $ranks is not a number" >&2; exit 2; fi
 if [ "$ranks" = 0 ]; then ranks=1; fi
-# A single machine needs no rendezvous endpoint; a free port keeps runs side by side apart.
-rendezvous=()
-if [ ${#passed[@]} = 0 ]; then rendezvous=(--standalone); fi
 
 case $1 in
     check)

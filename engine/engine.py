@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..model.arguments import integer
 from ..model.transformer import Transformer
+from ..parallel.agreement import asked_alike
+from .asked import add_requests
 from .edit_table import TableShape
 from .fit import Target, largest_batch
 from .lens_plan import LensPlan
@@ -85,15 +87,20 @@ class Engine:
         rank runs the same loop and gets the same tokens. The last token is not fed back, so no lens
         sees that position. capture: whether steps are captured as CUDA graphs where they
         can be. Raises ValueError for no request, a prompt that is empty, too long or of another
-        vocabulary, an edit or a lens that does not fit the model, a max_batch below 1, and logits
-        that are not finite.
+        vocabulary, an edit or a lens that does not fit the model, a max_batch below 1, ranks that
+        are asked for different things, and logits that are not finite.
         """
-        generations = self._checked(requests, on_rows)
+        with asked_alike(self.model.parallel) as asked:
+            generations = self._checked(requests, on_rows)
+            if max_batch is not None:
+                max_batch = integer(max_batch, "max_batch")
+                if max_batch < 1:
+                    raise ValueError(f"max_batch {max_batch} is below 1")
+            if asked is not None:
+                asked.add(max_batch, prefill_chunk, capture)
+                add_requests(asked, generations)
         if max_batch is None:
             max_batch = self._largest_batch(generations, capture)
-        max_batch = integer(max_batch, "max_batch")
-        if max_batch < 1:
-            raise ValueError(f"max_batch {max_batch} is below 1")
         n_slots = min(len(generations), max_batch)
         steps = self._steps(generations, n_slots, capture)
         try:

@@ -34,11 +34,12 @@ from ..model.arguments import all_of, choice, choices, integers
 from ..model.points import POINTS, Layers, Tap, parse_layers
 from ..model.tap_sink import RowTaps
 from ..model.transformer import Transformer
+from ..parallel.agreement import asked_alike
 from ..tokenizer.tokenizer import Tokenizer
 from .directions import METHODS, direction
 from .labels import PromptForm, checked_form
 from .pairs import Pair, checked_pairs
-from .prompts import PairIds, Side, check_length, encode_pairs
+from .prompts import PairIds, Side, add_pairs, check_length, encode_pairs
 
 AT = ("label", "last", "mean")
 OnProgress = Callable[[int, int], None]
@@ -146,11 +147,15 @@ def extract_encoded(
     on_progress: OnProgress | None = None,
 ) -> SteeringVectors:
     """`extract` from pairs that `extraction.encode` made."""
-    taps, at = extraction.taps(model.config.n_layers), extraction.read_at
-    if not encoded:
-        raise ValueError("there is no pair to extract a vector from")
-    for number, pair in enumerate(encoded, start=1):
-        check_length(max(len(side.ids) for side in pair.sides), model.config, f"pair {number}")
+    with asked_alike(model.parallel) as asked:
+        taps, at = extraction.taps(model.config.n_layers), extraction.read_at
+        if not encoded:
+            raise ValueError("there is no pair to extract a vector from")
+        for number, pair in enumerate(encoded, start=1):
+            check_length(max(len(side.ids) for side in pair.sides), model.config, f"pair {number}")
+        if asked is not None:
+            asked.add(taps, at, extraction.method)
+            add_pairs(asked, encoded)
     gap, norms, kept = _read(
         model, encoded, taps, at, keeps=extraction.method != "mean_diff", on_progress=on_progress
     )

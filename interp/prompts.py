@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+
 from ..model.config import ModelConfig
+from ..parallel.agreement import Digest
 from ..tokenizer.tokenizer import Tokenizer
 from .labels import PromptForm, Written, label_token, quoted, write
 from .pairs import Pair
@@ -135,6 +138,14 @@ def map_pairs(pairs: Sequence[Given], act: Callable[[Given], Made]) -> list[Made
         except ValueError as error:
             raise ValueError(f"pair {number}: {error}") from None
     return made
+
+
+def add_pairs(asked: Digest, encoded: Sequence[PairIds]) -> None:
+    """Add to the digest what ranks must have alike of their pairs."""
+    for pair in encoded:
+        asked.add(pair.key, pair.n_shared)
+        for side in pair.sides:
+            asked.add(torch.tensor(side.ids), side.answer_at, side.label_at)
 
 
 def longest(encoded: Sequence[PairIds]) -> list[int]:

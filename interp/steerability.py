@@ -15,17 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.asked import add_vectors
 from ..engine.fingerprint import model_fingerprint
 from ..engine.vector_checks import check_unit
 from ..engine.vectors import SteeringVectors
 from ..model.arguments import choice, integer, numbers
 from ..model.points import Layers
 from ..model.transformer import Transformer
+from ..parallel.agreement import asked_alike
 from ..tokenizer.tokenizer import Tokenizer
 from .extract import OnProgress
 from .labels import PromptForm, checked_form, quoted
 from .pairs import Pair, checked_pairs
-from .prompts import PairIds, balance, encode_pairs, map_pairs
+from .prompts import PairIds, add_pairs, balance, encode_pairs, map_pairs
 from .propensity import PROTOCOLS, Item, Variants, propensities
 from .report import SteerabilityReport
 from .slopes import MULTIPLIERS
@@ -110,8 +112,13 @@ def steerability_encoded(
 
     suggestion: as made before; default that of the pairs that are measured.
     """
-    held_out = _held_out(encoded, vectors)
-    items = map_pairs(held_out, lambda pair: Item.of(pair, sweep.protocol))
+    with asked_alike(model.parallel) as asked:
+        held_out = _held_out(encoded, vectors)
+        items = map_pairs(held_out, lambda pair: Item.of(pair, sweep.protocol))
+        if asked is not None:
+            asked.add(sweep.multipliers, sweep.protocol, sweep.unit, sweep.seed, suggestion is None)
+            add_pairs(asked, held_out)
+            add_vectors(asked, vectors)
     variants = _variants(model, vectors, sweep)
     if suggestion is None:
         suggestion = suggest(model, held_out)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..parallel.agreement import waiting_long
 from ..parallel.collectives import agreed
 from ..parallel.group import TensorParallel, default_device_type
 from .model_files import ModelFiles
@@ -27,7 +28,7 @@ def load_model(
     on_progress(done, total) counts parameters filled. If any rank fails, every rank raises:
     ValueError for whatever is wrong with the files.
     """
-    with agreed(parallel):
+    with waiting_long(parallel), agreed(parallel):
         config, weights = files.config, files.weights()
         model = Transformer(config, parallel=parallel, dtype=dtype or config.dtype, device="meta")
         model.to_empty(device=default_device() if device is None else torch.device(device))

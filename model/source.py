@@ -35,6 +35,7 @@ def find_model(
     adapter of PEFT in safetensors. Raises ValueError, on every rank, for anything
     else and for a failed download.
     """
+    from ..parallel.agreement import waiting_long
     from ..parallel.collectives import agreed
 
     found = None
@@ -49,9 +50,9 @@ def find_model(
         return found
     # The first rank of every machine downloads; the others then find the files in its cache.
     first = int(os.environ.get("LOCAL_RANK", parallel.rank)) == 0
-    with agreed(parallel):
+    with waiting_long(parallel), agreed(parallel):
         path = _download(str(source), revision) if first else None
-    with agreed(parallel):
+    with waiting_long(parallel), agreed(parallel):
         found = ModelFiles(path or _download(str(source), revision), added)
     return found
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from ..kernels.lazy_imports import lazy_package
 
 if TYPE_CHECKING:
+    from .agreement import Digest as Digest
+    from .agreement import asked_alike as asked_alike
     from .collectives import agreed as agreed
     from .collectives import all_gather as all_gather
     from .collectives import all_reduce as all_reduce

@@ -4,7 +4,8 @@ Bytes are those one rank sends when the collective runs as a ring over p ranks: 
 n bytes sends 2·n·(p-1)/p, an all-gather of n bytes per rank sends n·(p-1).
 
 Under torch.compile they become functional collectives, which the compiler can keep inside its
-graph. These count no bytes: a compiled graph cannot write to the counter.
+graph. These count no bytes: a compiled graph cannot write to the counter. Nor does `exchange`, by
+which ranks agree on how to go on: it is no part of what a model sends.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from .group import TensorParallel
+
+MESSAGE_BYTES = 1024  # of an error that one rank reports to the others
+_NO_ERROR, _USERS_ERROR, _OTHER_ERROR = b"\0", b"\1", b"\2"
 
 
 def all_reduce(x: Tensor, parallel: TensorParallel) -> Tensor:
@@ -45,6 +49,18 @@ def all_gather(x: Tensor, parallel: TensorParallel) -> Tensor:
     dist.all_gather(list(gathered.unbind(0)), x, group=parallel.group)
     parallel.traffic.add("all_gather", x.numel() * x.element_size() * (parallel.size - 1))
     return gathered
+
+
+def exchange(message: bytes, parallel: TensorParallel) -> list[bytes]:
+    """The message of every rank in rank order; they must be of one length."""
+    if parallel.size == 1:
+        return [message]
+    is_nccl = "nccl" in dist.get_backend(parallel.group)
+    device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+    sent = torch.tensor(list(message), dtype=torch.uint8, device=device)
+    gathered = sent.new_empty((parallel.size, len(message)))
+    dist.all_gather(list(gathered.unbind(0)), sent, group=parallel.group)
+    return [bytes(row) for row in gathered.tolist()]
 
 
 def _group(parallel: TensorParallel) -> dist.ProcessGroup:
@@ -94,7 +110,7 @@ def agreed(parallel: TensorParallel) -> Iterator[None]:
     """Run a block in which any rank may fail, and fail on every rank if one did.
 
     Without it, a rank that meets a bad file leaves the others waiting in their next collective.
-    The block itself must not communicate.
+    The block itself must not communicate. Of a message, the other ranks get MESSAGE_BYTES at most.
     """
     error: Exception | None = None
     try:
@@ -105,12 +121,21 @@ def agreed(parallel: TensorParallel) -> Iterator[None]:
         if error is not None:
             raise error
         return
-    errors: list[Any] = [None] * parallel.size
-    report = None if error is None else (isinstance(error, ValueError), str(error))
-    dist.all_gather_object(errors, report, group=parallel.group)
+    reports = exchange(_report(error), parallel)
     if error is not None:
         raise error
-    for rank, seen in enumerate(errors):
-        if seen is not None:
-            is_users_error, message = seen
-            raise ValueError(message) if is_users_error else RuntimeError(f"rank {rank}: {message}")
+    for rank, report in enumerate(reports):
+        status, message = report[:1], report[1:].rstrip(b"\0").decode(errors="ignore")
+        if status == _USERS_ERROR:
+            raise ValueError(message)
+        if status == _OTHER_ERROR:
+            raise RuntimeError(f"rank {rank}: {message}")
+
+
+def _report(error: Exception | None) -> bytes:
+    """A status and the error's message in UTF-8, cut or padded to MESSAGE_BYTES."""
+    status = _USERS_ERROR if isinstance(error, ValueError) else _OTHER_ERROR
+    if error is None:
+        status = _NO_ERROR
+    message = "" if error is None else str(error)
+    return status + message.encode(errors="replace")[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")

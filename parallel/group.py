@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+
+# Where a launcher says by which init_method of torch.distributed its ranks find each other.
+RENDEZVOUS = "SHARDLENS_RENDEZVOUS"
+TIMEOUT_S = 60.0  # that a rank waits for the others in a collective
+MOST_TIMEOUT_S = 7 * 86_400.0
 
 
 @dataclass
@@ -53,13 +59,15 @@ class TensorParallel:
 
     `group` is None for a single process, which then needs no process group at all. A copied model
     (copy.deepcopy, for a moving average of the weights) talks to the same ranks: it shares this
-    object with the original, and `traffic` counts the bytes of both.
+    object with the original, and `traffic` counts the bytes of both. `timeout_s` is that of a group
+    which `from_env` initialised, and None for a group that was there before.
     """
 
     group: ProcessGroup | None = None
     rank: int = 0
     size: int = 1
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
+    timeout_s: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -88,23 +96,45 @@ class TensorParallel:
         return cls.from_group(mesh.get_group(axis))
 
     @classmethod
-    def from_env(cls, device: str | torch.device | None = None) -> TensorParallel:
-        """The ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or a single process.
+    def from_env(
+        cls, device: str | torch.device | None = None, timeout_s: float = TIMEOUT_S
+    ) -> TensorParallel:
+        """The ranks that a launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or a single process.
 
         Initialises torch.distributed unless it is: NCCL for CUDA devices, gloo for the CPU.
-        `device` defaults to CUDA where there is one.
+        `device` defaults to CUDA where there is one. timeout_s: how long a rank waits for the
+        others, when they meet and in each collective, before it gives up. Raises ValueError for a
+        timeout that is not above 0, or above a week.
         """
+        if not 0 < timeout_s <= MOST_TIMEOUT_S:
+            raise ValueError(
+                f"a timeout of {timeout_s} seconds: give a number above 0, at most {MOST_TIMEOUT_S}"
+            )
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls.single()
-        if not dist.is_initialized():
-            kind = torch.device(device).type if device is not None else default_device_type()
-            if kind == "cuda":
-                local_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-                torch.cuda.set_device(local_device)
-                dist.init_process_group("nccl", device_id=local_device)
-            else:
-                dist.init_process_group("gloo")
-        return cls.from_group()
+        if dist.is_initialized():
+            return cls.from_group()
+        options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+        if RENDEZVOUS in os.environ:
+            options["init_method"] = os.environ[RENDEZVOUS]
+            options["rank"] = int(os.environ["RANK"])
+            options["world_size"] = int(os.environ["WORLD_SIZE"])
+        kind = torch.device(device).type if device is not None else default_device_type()
+        if kind == "cuda":
+            local_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(local_device)
+            dist.init_process_group("nccl", device_id=local_device, **options)
+        else:
+            dist.init_process_group("gloo", **options)
+        return replace(cls.from_group(), timeout_s=timeout_s)
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone, or did not answer in time."""
+    if not isinstance(error, RuntimeError):
+        return False
+    # gloo raises plain RuntimeErrors, which carry the path of its source
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 def default_device_type() -> str:

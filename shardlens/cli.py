@@ -1,7 +1,8 @@
-"""The command line: `python -m shardlens COMMAND`, alone or under torchrun.
+"""The command line: `python -m shardlens COMMAND`, alone or on ranks that a launcher starts.
 
 Every rank runs the same command on the same arguments; rank 0 alone prints and writes files.
-Exit codes: 0 done, 2 bad input (one line says what), 1 anything else.
+Exit codes: 0 done, 2 bad input (one line says what), 3 on a rank that another one left alone,
+130 after Ctrl-C, 1 anything else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ COMMANDS = {
     "model": "fetch a small trained model",
     "bench": "measure this machine",
 }
+
+REFUSED, LOST_CONTACT, INTERRUPTED = 2, 3, 130  # exit codes
 
 # torchrun answers 1 for whatever code its ranks end with. A launcher that wants the true code
 # names a file here; then a rank that refuses bad input writes its code there and ends with 0.
@@ -62,12 +65,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except ValueError as error:
         return _refuse(str(error))
+    except KeyboardInterrupt:
+        return _end_alone(INTERRUPTED, "interrupted")
+    except RuntimeError as error:
+        if not _has_lost_contact(error):
+            raise
+        return _end_alone(LOST_CONTACT, "another rank is gone, or does not answer")
     finally:
         # After an error of this rank alone the others may wait in a collective: tearing the group
         # down would wait for them, leaving lets them see the closed connection.
         if sys.exc_info()[0] is None:
             _leave_ranks()
     return 0
+
+
+def _has_lost_contact(error: RuntimeError) -> bool:
+    if "torch.distributed" not in sys.modules:
+        return False
+    from .parallel.group import is_lost_contact
+
+    return is_lost_contact(error)
+
+
+def _end_alone(code: int, line: str) -> int:
+    """End this rank, whatever the others do. The launcher has its own line for the user."""
+    from_launcher = "SHARDLENS_RENDEZVOUS" in os.environ
+    if not from_launcher:
+        number = os.environ.get("RANK")
+        print(f"shardlens: {'' if number is None else f'rank {number}: '}{line}", file=sys.stderr)
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        # taking the group down would wait for the others, and abort where they are gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _leave_ranks() -> None:
@@ -87,6 +119,6 @@ def _refuse(message: str) -> int:
         print(f"shardlens: {_on_one_line(message)}", file=sys.stderr)
     code_file = os.environ.get(EXIT_CODE_FILE)
     if code_file is None:
-        return 2
-    Path(code_file).write_text("2")
+        return REFUSED
+    Path(code_file).write_text(str(REFUSED))
     return 0

@@ -14,6 +14,7 @@ from .interp.labels import PromptForm
 from .interp.trace_files import check_format
 from .kernels.dispatch import IMPLEMENTATIONS
 from .model.config import DTYPE_BYTES
+from .parallel.group import TIMEOUT_S
 
 # a file to be written, and a function that raises ValueError for endings it cannot have
 OutputFile = tuple[Path, Callable[[Path], None]]
@@ -29,6 +30,7 @@ class ModelOptions:
     device: str | None
     revision: str | None
     adapter: Path | None
+    timeout: float  # seconds that a rank waits for the others
 
     @classmethod
     def parsed(cls, arguments: argparse.Namespace) -> ModelOptions:
@@ -51,6 +53,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: Triton kernels on CUDA, their PyTorch references elsewhere",
     )
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_S,
+        metavar="SECONDS",
+        help="end if a rank does not answer the others for so long (default 60)",
+    )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -113,7 +113,7 @@ def open_session(options: ModelOptions, files: Sequence[OutputFile] = ()) -> Ses
     """
     set_implementation(options.kernels)
     asked = _device(options.device)
-    parallel = TensorParallel.from_env(asked)
+    parallel = TensorParallel.from_env(asked, options.timeout)
     with agreed(parallel):
         for path, check in files:
             check(path)

@@ -1,0 +1,265 @@
+"""Start a command on ranks of this machine, and end all of them as soon as one ends badly.
+
+    python -m shardlens.launcher -n RANKS [-m MODULE] -- WORDS...
+
+The ranks find each other through a file in memory, which only this user can open and which is gone
+with the launcher; they talk through the loopback interface. Nothing listens for other machines.
+
+Exit codes: 0 if every rank ended with 0; 2 where input was refused; 130 after Ctrl-C, 128 + the
+number of another signal to the launcher; 1 for anything else. A line names the rank at fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import runpy
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import Popen
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from .cli import INTERRUPTED, LOST_CONTACT, REFUSED
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing import SubprocessContext
+
+IS_LINUX = sys.platform == "linux"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+POLL_S = 0.05
+GRACE_S = 3.0  # that ranks have to end by themselves once one has ended badly
+CLOSE_S = 2.0  # that they have after SIGTERM, before SIGKILL
+PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent dies
+
+
+class _Signalled(BaseException):
+    """A signal to the launcher."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@dataclass
+class Ending:
+    """How ranks ended by themselves: codes in the order of their ends, and those that did not."""
+
+    codes: dict[int, int] = field(default_factory=dict)  # by rank; below 0: minus a signal
+    running: list[int] = field(default_factory=list)
+    stopped: list[int] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        bad = set(self.codes.values()) - {0}
+        if not bad and not self.running:
+            return 0
+        if INTERRUPTED in bad:
+            return INTERRUPTED
+        return REFUSED if REFUSED in bad <= {REFUSED, LOST_CONTACT} else 1
+
+    def line(self) -> str | None:
+        """What went wrong, or None where nothing did or a rank has said it."""
+        bad = {rank: code for rank, code in self.codes.items() if code}
+        by_signal = [(rank, -code) for rank, code in bad.items() if code < 0]
+        if by_signal:
+            # a rank that loses contact may abort: any other signal is nearer to the cause
+            rank, number = min(by_signal, key=lambda killed: killed[1] == signal.SIGABRT)
+            return f"rank {rank} was killed by {signal.Signals(number).name}"
+        if self.stopped:
+            return f"rank {self.stopped[0]} is stopped and does not answer the others"
+        for rank, code in bad.items():
+            if code == INTERRUPTED:
+                return f"rank {rank} was interrupted"
+            if code not in (REFUSED, LOST_CONTACT):
+                return f"rank {rank} ended with exit code {code}"
+        refused = [rank for rank, code in bad.items() if code == REFUSED]
+        if refused:
+            return None if 0 in refused else f"rank {refused[0]} refused what rank 0 did not"
+        if self.running:
+            return f"rank {self.running[0]} does not answer the others"
+        return "the ranks lost contact with each other" if bad else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the words on ranks; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    if arguments.child_of is not None:
+        _become_rank(arguments.child_of, arguments.module, arguments.words)
+    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    _handle(handled, _raise)
+    try:
+        with _meeting_file() as path:
+            ending = _run(arguments, path, handled)
+    except _Signalled as caught:
+        is_interrupt = caught.number == signal.SIGINT
+        _say("interrupted" if is_interrupt else f"ended by {signal.Signals(caught.number).name}")
+        return 128 + caught.number
+    line = ending.line()
+    if line is not None:
+        _say(line)
+    return ending.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shardlens.launcher", allow_abbrev=False)
+    parser.add_argument("-n", type=_ranks, default=1, metavar="RANKS")
+    parser.add_argument("-m", default="shardlens", dest="module", metavar="MODULE")
+    parser.add_argument("--child-of", type=int, help=argparse.SUPPRESS)  # a rank's words begin so
+    parser.add_argument("words", nargs="*", metavar="WORDS")
+    return parser
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number from 1 to 1024")
+    return int(text)
+
+
+def _timeout_s(words: Sequence[str]) -> float:
+    """The --timeout among a command's words, which has its own idea of a wrong one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--timeout", type=float, default=60.0)
+    try:
+        return float(parser.parse_known_args(words)[0].timeout)
+    except (argparse.ArgumentError, ValueError):
+        return 60.0
+
+
+# The ranks
+
+
+@contextmanager
+def _meeting_file() -> Iterator[str]:
+    """The path of a file that the ranks can open, and nobody else; it outlives nothing."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("shardlens-ranks")
+        try:
+            yield f"/proc/{os.getpid()}/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+    else:
+        with tempfile.TemporaryDirectory(prefix="shardlens-") as folder:  # of mode 0700
+            yield f"{folder}/ranks"
+
+
+def _start(arguments: argparse.Namespace, path: str) -> SubprocessContext:
+    """Start the ranks under torch's supervisor, with this process's output as theirs."""
+    # takes a second, in which a signal must find its handler
+    from torch.distributed.elastic import multiprocessing
+
+    class Inherited(multiprocessing.LogsSpecs):
+        """No log files: what a rank prints goes where the launcher's does."""
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> multiprocessing.LogsDest:
+            streams, others, errors = (dict.fromkeys(envs, "") for _ in range(3))
+            return multiprocessing.LogsDest(stdouts=streams, stderrs=others, error_files=errors)
+
+        @property
+        def root_log_dir(self) -> str:
+            return ""
+
+    logging.disable(logging.CRITICAL)  # it would account for each signal that it sends
+    n, common = arguments.n, {"WORLD_SIZE": str(arguments.n), "LOCAL_WORLD_SIZE": str(arguments.n)}
+    common["SHARDLENS_RENDEZVOUS"] = f"file://{path}"
+    if IS_LINUX:  # where the loopback interface has this name
+        common |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    words = ("-m", "shardlens.launcher", "--child-of", str(os.getpid()), "-m", arguments.module)
+    try:
+        context = multiprocessing.start_processes(
+            name="shardlens",
+            entrypoint=sys.executable,
+            args={rank: (*words, "--", *arguments.words) for rank in range(n)},
+            envs={r: {**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(n)},
+            logs_specs=Inherited(),
+        )
+    except multiprocessing.SignalException as caught:
+        raise _Signalled(caught.sigval) from None
+    assert isinstance(context, multiprocessing.SubprocessContext)
+    return context
+
+
+def _become_rank(parent: int, module: str, words: list[str]) -> NoReturn:
+    """Run the module as if started by name, in a process that ends with its parent."""
+    if IS_LINUX:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(LOST_CONTACT)
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.exit(0)
+
+
+# The launcher
+
+
+def _run(arguments: argparse.Namespace, path: str, handled: Sequence[int]) -> Ending:
+    """Start the ranks and wait for them. None of them runs afterwards."""
+    context = _start(arguments, path)
+    try:
+        _handle(SIGNALS, signal.SIG_IGN)  # torch's supervisor has set its own
+        _handle(handled, _raise)
+        processes = {rank: h.proc for rank, h in context.subprocess_handlers.items()}
+        return _watch(processes, _timeout_s(arguments.words))
+    finally:
+        _handle(SIGNALS, signal.SIG_IGN)  # from here on it ends within seconds
+        context.close(signal.SIGTERM, timeout=CLOSE_S)
+
+
+def _watch(processes: dict[int, Popen[bytes]], timeout_s: float) -> Ending:
+    """Wait until all ranks have ended, or should have: after one that ended badly, or stopped."""
+    codes: dict[int, int] = {}
+    bad_since = stopped_since = None
+    while True:
+        now = time.monotonic()
+        for rank, process in processes.items():
+            code = process.poll()
+            if code is not None:
+                codes.setdefault(rank, code)
+        running = [rank for rank in processes if rank not in codes]
+        stopped = [rank for rank in running if _is_stopped(processes[rank].pid)]
+        if any(codes.values()) and bad_since is None:
+            bad_since = now
+        stopped_since = (stopped_since or now) if stopped else None
+        # those that have ended wait for nothing
+        patience_s = GRACE_S if codes else timeout_s
+        is_over = bad_since is not None and now - bad_since > GRACE_S
+        if stopped_since is not None and now - stopped_since > patience_s:
+            is_over = True
+        if is_over or not running:
+            return Ending(codes, running, stopped)
+        time.sleep(POLL_S)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is held by SIGSTOP or the like."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:  # no Linux, or no such process any more
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
+def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Signalled(number)
+
+
+def _handle(numbers: Sequence[int], handler: object) -> None:
+    for number in numbers:
+        signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def _say(line: str) -> None:
+    print(f"shardlens: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
