@@ -1,6 +1,6 @@
 """Memory of a lens: over a long text, against full logits, and over a long generation.
 
-    python -m torch.distributed.run --nproc-per-node 2 -m shardlens.bench.lens_memory
+    python -m shardlens.launcher -n 2 -m shardlens.bench.lens_memory
     python -m shardlens.bench.lens_memory --new-tokens 10000
 
 A text: 512 positions, 8 layers, 128,256 ids, on a model just wide enough, since the memory of the
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..engine import Engine, LensSpec, Request, Sampling, plan
 from ..interp import Trace
 from ..model import POINTS, ModelConfig, Transformer, init_weights
-from ..parallel import TensorParallel
+from ..parallel import TensorParallel, all_gather
 from .models import model_config, random_model
 from .report import argument_parser, emit, environment
 from .timing import peak_resident_bytes, resident_bytes
@@ -65,10 +65,8 @@ def over_a_text(parallel: TensorParallel) -> dict[str, Any]:
     forward = sent_bytes(parallel, engine, ids)
     parallel.traffic.reset()
     peak = peak_resident_bytes(lambda: read(engine, ids))
-    peaks: list[int | None] = [peak]
-    if parallel.size > 1:
-        peaks = [None] * parallel.size
-        dist.all_gather_object(peaks, peak)
+    sent = parallel.traffic.total_bytes
+    peaks = all_gather(torch.tensor(peak), parallel).tolist()
     rows, receivers = POSITIONS * LAYERS, max(1, parallel.size - 1)
     full = rows * VOCAB * 4
     return {
@@ -78,9 +76,8 @@ def over_a_text(parallel: TensorParallel) -> dict[str, Any]:
         "ranks": parallel.size,
         "full_logits_bytes": full,
         "peak_bytes_per_rank": peaks,
-        "peak_share_of_full_logits": max(p for p in peaks if p is not None) / full,
-        "lens_bytes_sent_per_row_and_rank": (parallel.traffic.total_bytes - forward)
-        / (rows * receivers),
+        "peak_share_of_full_logits": max(peaks) / full,
+        "lens_bytes_sent_per_row_and_rank": (sent - forward) / (rows * receivers),
         "full_logits_bytes_per_row_and_rank": VOCAB * 4 / parallel.size,
     }
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
 GRACE_SECONDS = 8.0  # to write down what is known, once a program is asked to end
 POLL_SECONDS = 0.1
-# A rank's own error, which stands before torch.distributed.run's account of it.
+# A rank's own error, which stands before the launcher's line about the rank.
 RANK_ERROR = re.compile(r"^(?:\[rank\d+\]: )?(\w*Error: .*)", re.MULTILINE)
 
 TEST_SHARE = 0.4  # of a stage's time, at most, for its tests
@@ -128,8 +128,8 @@ def on_ranks(ranks: int, module: str, words: list[str], threads: int) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(ranks), "-m", module, *words, "--out", str(out)]
+        command = [sys.executable, "-m", "shardlens.launcher", "-n", str(ranks), "-m", module, "--"]
+        command += [*words, "--out", str(out)]
         environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode:

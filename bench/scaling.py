@@ -2,7 +2,7 @@
 
     shardlens bench scaling [--ranks 1,2,4] [--save NAME]
 
-Every rank count is a run of its own under torch.distributed.run, on gloo where there is no GPU.
+Every rank count is a run of its own under shardlens.launcher, on gloo where there is no GPU.
 Ranks that share the cores of one machine cannot be faster than one; what counts there is that
 tokens and top-k ids are equal, and how many bytes are sent. What more GPUs can give at most,
 `shardlens plan` says.

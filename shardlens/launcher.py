@@ -173,16 +173,15 @@ def _start(arguments: argparse.Namespace, path: str) -> SubprocessContext:
     if IS_LINUX:  # where the loopback interface has this name
         common |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     words = ("-m", "shardlens.launcher", "--child-of", str(os.getpid()), "-m", arguments.module)
-    try:
-        context = multiprocessing.start_processes(
-            name="shardlens",
-            entrypoint=sys.executable,
-            args={rank: (*words, "--", *arguments.words) for rank in range(n)},
-            envs={r: {**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(n)},
-            logs_specs=Inherited(),
-        )
-    except multiprocessing.SignalException as caught:
-        raise _Signalled(caught.sigval) from None
+    # Signals wait until all ranks are known here; a rank takes this over, and lets them in again.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    context = multiprocessing.start_processes(
+        name="shardlens",
+        entrypoint=sys.executable,
+        args={rank: (*words, "--", *arguments.words) for rank in range(n)},
+        envs={r: {**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(n)},
+        logs_specs=Inherited(),
+    )
     assert isinstance(context, multiprocessing.SubprocessContext)
     return context
 
@@ -194,7 +193,11 @@ def _become_rank(parent: int, module: str, words: list[str]) -> NoReturn:
     if os.getppid() != parent:  # it ended before the line above
         os._exit(LOST_CONTACT)
     sys.argv = [module, *words]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)
     sys.exit(0)
 
 
@@ -207,6 +210,7 @@ def _run(arguments: argparse.Namespace, path: str, handled: Sequence[int]) -> En
     try:
         _handle(SIGNALS, signal.SIG_IGN)  # torch's supervisor has set its own
         _handle(handled, _raise)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         processes = {rank: h.proc for rank, h in context.subprocess_handlers.items()}
         return _watch(processes, _timeout_s(arguments.words))
     finally:

@@ -11,6 +11,7 @@ import pytest
 from launching import LAUNCH
 
 ALWAYS = ["-m", "pytest", "-n", "auto", "--maxprocesses", "8", "--dist", "loadfile"]
+ACROSS = ["-m", "torch.distributed.run", "--nproc-per-node"]
 # Finds every module that it is asked for, and prints what else it is asked, a word a line.
 PYTHON = """#!/bin/sh
 if [ "$1" != -c ]; then printf '%s\\n' "$@"; fi
@@ -48,6 +49,43 @@ def test_test(words: list[str], expected: list[str], path: str) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [*ALWAYS, *expected]
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["-n", "1", "lens", "x"], ["-m", "shardlens", "lens", "x"]),
+        (
+            ["-n", "2", "lens", "a b", "-n", "3"],
+            ["-m", "shardlens.launcher", "-n", "2", "--", "lens", "a b", "-n", "3"],
+        ),
+        (
+            ["-n", "2", "--nnodes", "2", "--rdzv-endpoint=a:1", "lens", "x"],
+            [
+                *(*ACROSS, "2", "--log-dir", "LOGS", "--nnodes", "2", "--rdzv-endpoint=a:1"),
+                *("-m", "shardlens", "lens", "x"),
+            ],
+        ),
+        (
+            ["--standalone", "-n", "1", "lens"],
+            [*ACROSS, "1", "--log-dir", "LOGS", "--standalone", "-m", "shardlens", "lens"],
+        ),
+    ],
+)
+def test_ranks(words: list[str], expected: list[str], path: str, tmp_path: Path) -> None:
+    """Those of one machine start closed; options of torch.distributed.run go to it."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    run = subprocess.run(
+        [str(LAUNCH), *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, "TMPDIR": str(folder)},
+    )
+    assert run.returncode == 0, run.stderr
+    found = ["LOGS" if word.startswith(str(folder)) else word for word in run.stdout.splitlines()]
+    assert found == expected
+    assert not list(folder.iterdir())
 
 
 def test_pytest_goes_by_the_last_marker(pytestconfig: pytest.Config, tmp_path: Path) -> None:

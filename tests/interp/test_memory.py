@@ -20,7 +20,7 @@ from shardlens.parallel import TensorParallel, VocabHead, reduce_head, split_voc
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_peak_memory_is_a_twentieth_of_full_logits(ranks: int) -> None:
     """512 positions, 8 layers, 128,256 ids: peak resident memory of each rank's process."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = ["-m", "shardlens.launcher", "-n", str(ranks)]
     command = [sys.executable, *launcher, "-m", "shardlens.bench.lens_memory"]
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
