@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig
-from ..parallel.agreement import Digest
+from ..parallel.digest import Digest
 from .lens_spec import LensSpec
 from .request import Generation
 from .steering import Steering

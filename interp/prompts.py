@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from ..model.config import ModelConfig
-from ..parallel.agreement import Digest
+from ..parallel.digest import Digest
 from ..tokenizer.tokenizer import Tokenizer
 from .labels import PromptForm, Written, label_token, quoted, write
 from .pairs import Pair

@@ -5,15 +5,17 @@ from typing import TYPE_CHECKING
 from ..kernels.lazy_imports import lazy_package
 
 if TYPE_CHECKING:
-    from .agreement import Digest as Digest
     from .agreement import asked_alike as asked_alike
+    from .agreement import waiting_long as waiting_long
     from .collectives import agreed as agreed
     from .collectives import all_gather as all_gather
     from .collectives import all_reduce as all_reduce
     from .collectives import copy_to_ranks as copy_to_ranks
     from .collectives import reduce_from_ranks as reduce_from_ranks
+    from .digest import Digest as Digest
     from .group import TensorParallel as TensorParallel
     from .group import Traffic as Traffic
+    from .group import is_lost_contact as is_lost_contact
     from .head_reduce import HeadResult as HeadResult
     from .head_reduce import SampleResult as SampleResult
     from .head_reduce import reduce_head as reduce_head

@@ -22,13 +22,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from .cli import INTERRUPTED, LOST_CONTACT, REFUSED
+from .cli import INTERRUPTED, LOST_CONTACT
+from .rank_ends import Ending
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SubprocessContext
@@ -37,7 +37,7 @@ IS_LINUX = sys.platform == "linux"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 POLL_S = 0.05
 GRACE_S = 3.0  # that ranks have to end by themselves once one has ended badly
-CLOSE_S = 2.0  # that they have after SIGTERM, before SIGKILL
+CLOSE_S = 2  # that they have after SIGTERM, before SIGKILL
 PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent dies
 
 
@@ -47,46 +47,6 @@ class _Signalled(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-
-
-@dataclass
-class Ending:
-    """How ranks ended by themselves: codes in the order of their ends, and those that did not."""
-
-    codes: dict[int, int] = field(default_factory=dict)  # by rank; below 0: minus a signal
-    running: list[int] = field(default_factory=list)
-    stopped: list[int] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        bad = set(self.codes.values()) - {0}
-        if not bad and not self.running:
-            return 0
-        if INTERRUPTED in bad:
-            return INTERRUPTED
-        return REFUSED if REFUSED in bad <= {REFUSED, LOST_CONTACT} else 1
-
-    def line(self) -> str | None:
-        """What went wrong, or None where nothing did or a rank has said it."""
-        bad = {rank: code for rank, code in self.codes.items() if code}
-        by_signal = [(rank, -code) for rank, code in bad.items() if code < 0]
-        if by_signal:
-            # a rank that loses contact may abort: any other signal is nearer to the cause
-            rank, number = min(by_signal, key=lambda killed: killed[1] == signal.SIGABRT)
-            return f"rank {rank} was killed by {signal.Signals(number).name}"
-        if self.stopped:
-            return f"rank {self.stopped[0]} is stopped and does not answer the others"
-        for rank, code in bad.items():
-            if code == INTERRUPTED:
-                return f"rank {rank} was interrupted"
-            if code not in (REFUSED, LOST_CONTACT):
-                return f"rank {rank} ended with exit code {code}"
-        refused = [rank for rank, code in bad.items() if code == REFUSED]
-        if refused:
-            return None if 0 in refused else f"rank {refused[0]} refused what rank 0 did not"
-        if self.running:
-            return f"rank {self.running[0]} does not answer the others"
-        return "the ranks lost contact with each other" if bad else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

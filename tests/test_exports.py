@@ -22,7 +22,7 @@ from shardlens.kernels.lazy_imports import listed_names
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("interp", "engine", "model", "tokenizer", "parallel", "kernels")
 PACKAGES = ("shardlens", *(f"shardlens.{room}" for room in ROOMS))
-PROGRAMS = ("shardlens.cli", "shardlens.bench")
+PROGRAMS = ("shardlens.cli", "shardlens.launcher", "shardlens.rank_ends", "shardlens.bench")
 # file of tests: the modules whose insides it tests or replaces
 INTERNALS = {
     "bench/test_results.py": "engine.files",
@@ -38,7 +38,6 @@ INTERNALS = {
     "engine/test_vector_files.py": "engine.vector_files",
     "engine/test_vectors.py": "engine.tap_names",
     "face/test_demo.py": "kernels.head_cut",
-    "face/test_launcher.py": "launcher",
     "face/test_many_requests.py": "engine.loop",
     "face/test_plan_command.py": "engine.fit model.load session",
     "face/test_stop.py": "engine.loop stop_text",
@@ -57,7 +56,6 @@ INTERNALS = {
     "kernels/test_tensor_cores.py": "kernels.head_cut kernels.launch kernels.triton_shim",
     "model/test_weights.py": "model.sharding",
     "parallel/compiled_rank.py": "parallel.collectives",
-    "parallel/test_agreement.py": "parallel.agreement parallel.collectives parallel.group",
     "parallel/test_packing.py": "parallel.packing",
     "steered.py": "engine.edit_table",
     "test_exports.py": "kernels.lazy_imports",

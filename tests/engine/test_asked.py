@@ -79,7 +79,7 @@ CHANGES = {
 def messages(
     run_ranks: Any, call: Callable[[LanguageModel, bool], object], ranks: int = 3
 ) -> list[str]:
-    """What each rank says if the last of them makes another call."""
+    """The error of each rank if the last of them makes another call."""
 
     def body(parallel: TensorParallel) -> str:
         model = shardlens.load("demo", parallel=parallel)

@@ -73,7 +73,7 @@ def test_test(words: list[str], expected: list[str], path: str) -> None:
     ],
 )
 def test_ranks(words: list[str], expected: list[str], path: str, tmp_path: Path) -> None:
-    """Those of one machine start closed; options of torch.distributed.run go to it."""
+    """Ranks of one machine start closed; options of torch.distributed.run go to it."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     run = subprocess.run(

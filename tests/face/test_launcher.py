@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shardlens.launcher import CLOSE_S, GRACE_S, Ending
+from shardlens.launcher import CLOSE_S, GRACE_S
 
 MOST_S = 10.0  # from one death to the end of all
 # A module for ranks: it says where it is, then does what its words say of its rank.
@@ -197,28 +197,6 @@ def test_an_early_signal_is_one_line(wait_s: float, tmp_path: Path) -> None:
     time.sleep(wait_s)
     run.process.send_signal(signal.SIGINT)
     assert run.end() == (130, "", "shardlens: interrupted\n")
-
-
-# Who is at fault
-
-
-@pytest.mark.parametrize(
-    "ending, code, said",
-    [
-        (Ending({0: 0, 1: 0}), 0, None),
-        (Ending({0: 3, 1: -9}), 1, "rank 1 was killed by SIGKILL"),
-        (Ending({0: -6, 1: -11}), 1, "rank 1 was killed by SIGSEGV"),  # an abort comes of it
-        (Ending({1: -6, 0: -6}), 1, "rank 1 was killed by SIGABRT"),
-        (Ending({0: 3}, [1], [1]), 1, "rank 1 is stopped and does not answer the others"),
-        (Ending({0: 3}, [1]), 1, "rank 1 does not answer the others"),
-        (Ending({0: 3, 1: 3}), 1, "the ranks lost contact with each other"),
-        (Ending({0: 2, 1: 3}), 2, None),
-        (Ending({0: 2, 1: -9}), 1, "rank 1 was killed by SIGKILL"),
-        (Ending({1: 2, 0: 3}), 2, "rank 1 refused what rank 0 did not"),
-    ],
-)
-def test_the_line_names_the_rank_at_fault(ending: Ending, code: int, said: str | None) -> None:
-    assert (ending.exit_code, ending.line()) == (code, said)
 
 
 def test_the_times_allowed_are_within_the_promise() -> None:
