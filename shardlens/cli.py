@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 # Each is a module NAME_command, imported only when it is asked for: most bring torch.
@@ -61,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     asked = next((word for word in words if not word.startswith("-")), None)
     try:
-        arguments = build_parser(asked).parse_args(words)
+        with _interrupts_at_once():
+            parser = build_parser(asked)
+        arguments = parser.parse_args(words)
         arguments.run(arguments)
     except ValueError as error:
         return _refuse(str(error))
@@ -77,6 +83,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.exc_info()[0] is None:
             _leave_ranks()
     return 0
+
+
+@contextmanager
+def _interrupts_at_once() -> Iterator[None]:
+    """For imports: some of them would swallow a KeyboardInterrupt, and go on."""
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or before is not signal.default_int_handler:
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        os.write(2, b"shardlens: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _has_lost_contact(error: RuntimeError) -> bool:

@@ -22,12 +22,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from subprocess import Popen
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from .cli import INTERRUPTED, LOST_CONTACT
+from .cli import LOST_CONTACT
 from .rank_ends import Ending
 
 if TYPE_CHECKING:
@@ -55,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.child_of is not None:
         _become_rank(arguments.child_of, arguments.module, arguments.words)
     handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    _handle(handled, _leave_at_once)
+    # takes a second or more, and would swallow what a handler raises
+    import_module("torch.distributed.elastic.multiprocessing")
     _handle(handled, _raise)
     try:
         with _meeting_file() as path:
             ending = _run(arguments, path, handled)
     except _Signalled as caught:
-        is_interrupt = caught.number == signal.SIGINT
-        _say("interrupted" if is_interrupt else f"ended by {signal.Signals(caught.number).name}")
+        _say(_signal_line(caught.number))
         return 128 + caught.number
     line = ending.line()
     if line is not None:
@@ -113,7 +116,6 @@ def _meeting_file() -> Iterator[str]:
 
 def _start(arguments: argparse.Namespace, path: str) -> SubprocessContext:
     """Start the ranks under torch's supervisor, with this process's output as theirs."""
-    # takes a second, in which a signal must find its handler
     from torch.distributed.elastic import multiprocessing
 
     class Inherited(multiprocessing.LogsSpecs):
@@ -153,11 +155,10 @@ def _become_rank(parent: int, module: str, words: list[str]) -> NoReturn:
     if os.getppid() != parent:  # it ended before the line above
         os._exit(LOST_CONTACT)
     sys.argv = [module, *words]
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt:
-        os._exit(INTERRUPTED)
+    # at once, also where a rank waits for the others; Ctrl-C itself reaches the launcher alone
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit(0)
 
 
@@ -210,6 +211,16 @@ def _is_stopped(pid: int) -> bool:
     except OSError:  # no Linux, or no such process any more
         return False
     return stat.rpartition(")")[2].split()[0] == "T"
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """A handler for a time in which there is nothing to clean up."""
+    os.write(2, f"shardlens: {_signal_line(number)}\n".encode())
+    os._exit(128 + number)
+
+
+def _signal_line(number: int) -> str:
+    return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:

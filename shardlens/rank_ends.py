@@ -21,13 +21,16 @@ class Ending:
         bad = set(self.codes.values()) - {0}
         if not bad and not self.running:
             return 0
-        if INTERRUPTED in bad:
+        if bad & {INTERRUPTED, -signal.SIGINT}:
             return INTERRUPTED
         return REFUSED if REFUSED in bad <= {REFUSED, LOST_CONTACT} else 1
 
     def line(self) -> str | None:
         """A line on what went wrong; None where nothing did, or where a rank has said it."""
         bad = {rank: code for rank, code in self.codes.items() if code}
+        for rank, code in bad.items():
+            if code in (INTERRUPTED, -signal.SIGINT):
+                return f"rank {rank} was interrupted"
         by_signal = [(rank, -code) for rank, code in bad.items() if code < 0]
         if by_signal:
             # a rank that loses contact may abort: any other signal is nearer to the cause
@@ -36,8 +39,6 @@ class Ending:
         if self.stopped:
             return f"rank {self.stopped[0]} is stopped and does not answer the others"
         for rank, code in bad.items():
-            if code == INTERRUPTED:
-                return f"rank {rank} was interrupted"
             if code not in (REFUSED, LOST_CONTACT):
                 return f"rank {rank} ended with exit code {code}"
         refused = [rank for rank, code in bad.items() if code == REFUSED]

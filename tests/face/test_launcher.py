@@ -106,6 +106,7 @@ def _linux() -> None:
         (["wait", "7"], 1, "rank 1 ended with exit code 7"),
         (["wait", "SIGKILL"], 1, "rank 1 was killed by SIGKILL"),
         (["SIGSEGV", "0"], 1, "rank 0 was killed by SIGSEGV"),
+        (["wait", "SIGINT"], 130, "rank 1 was interrupted"),
         (["wait", "SIGTERM"], 1, "rank 1 was killed by SIGTERM"),
         (["wait", "130"], 130, "rank 1 was interrupted"),
         (["wait", "2"], 2, "rank 1 refused what rank 0 did not"),
