@@ -22,10 +22,10 @@ def add_requests(asked: Digest, generations: Sequence[Generation]) -> None:
         drawn = request.sampling
         asked.add(torch.tensor(generation.prompt), generation.max_new_tokens, generation.stop_ids)
         asked.add(drawn.temperature, drawn.top_k, drawn.top_p, drawn.seed)
-        asked.add(request.ends is not None, request.lens is not None, len(request.steering))
+        asked.add(request.ends is not None, request.lens is not None, len(generation.steering))
         if request.lens is not None:
             _add_lens(asked, request.lens, config)
-        for steering in request.steering:
+        for steering in generation.steering:
             _add_edit(asked, steering, config)
 
 
