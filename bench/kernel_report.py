@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,11 +134,13 @@ def print_rates(bench: Bench) -> None:
 
 
 def write_csv(bench: Bench, result: dict[str, Any], path: Path) -> None:
-    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        machine = {name: result["environment"][name] for name in ("hardware", "commit")}
-        writer.writerows(row | machine for row in bench.rows)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    machine = {name: result["environment"][name] for name in ("hardware", "commit")}
+    writer.writerows(row | machine for row in bench.rows)
+    with replacing(path) as file:
+        file.write(table.getvalue().encode())
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:

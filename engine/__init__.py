@@ -8,6 +8,12 @@ if TYPE_CHECKING:
     from .branches import run_branches as run_branches
     from .branches import shared_prefix as shared_prefix
     from .engine import Engine as Engine
+    from .files import WriteError as WriteError
+    from .files import check_outputs as check_outputs
+    from .files import check_writable as check_writable
+    from .files import json_text as json_text
+    from .files import replacing as replacing
+    from .files import write_json as write_json
     from .fingerprint import fingerprint as fingerprint
     from .fingerprint import model_fingerprint as model_fingerprint
     from .lens_spec import LensSpec as LensSpec

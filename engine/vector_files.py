@@ -90,9 +90,8 @@ def _write_safetensors(fields: VectorFields, path: Path) -> None:
         "resid_norms": _norms_text(fields.resid_norms),
         "origin": _origin_text(fields.origin),
     }
-    with replacing(path) as partial:
-        # not save_file, which makes the file readable for its owner only
-        partial.write_bytes(save(tensors, metadata))
+    with replacing(path) as file:
+        file.write(save(tensors, metadata))
 
 
 def _read_safetensors(path: Path, _: int | None) -> VectorFields:
@@ -119,26 +118,26 @@ def _read_safetensors(path: Path, _: int | None) -> VectorFields:
 
 def _write_gguf(fields: VectorFields, path: Path) -> None:
     from gguf import GGUFWriter
+    from gguf.gguf_writer import WriterState
 
     blocks = {_block_of(tap): vector for tap, vector in fields.vectors.items()}
     norms = {Tap(_block_of(tap), "resid_post"): norm for tap, norm in fields.resid_norms.items()}
-    with replacing(path) as partial:
-        writer = GGUFWriter(partial, ARCHITECTURE)
-        try:
-            # A writer leaves out empty strings, and repeng refuses a file without a hint.
-            writer.add_string(f"{ARCHITECTURE}.model_hint", fields.origin.model or "unknown")
-            writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(blocks))  # as repeng counts
-            writer.add_string(f"{OURS}version", str(VERSION))
-            writer.add_string(f"{OURS}n_layers", str(fields.n_layers))
-            writer.add_string(f"{OURS}resid_norms", _norms_text(norms))
-            writer.add_string(f"{OURS}origin", _origin_text(fields.origin))
-            for block, vector in blocks.items():
-                writer.add_tensor(f"direction.{block}", vector.numpy())
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+    writer = GGUFWriter(None, ARCHITECTURE)
+    # A writer leaves out empty strings, and repeng refuses a file without a hint.
+    writer.add_string(f"{ARCHITECTURE}.model_hint", fields.origin.model or "unknown")
+    writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(blocks))  # as repeng counts
+    writer.add_string(f"{OURS}version", str(VERSION))
+    writer.add_string(f"{OURS}n_layers", str(fields.n_layers))
+    writer.add_string(f"{OURS}resid_norms", _norms_text(norms))
+    writer.add_string(f"{OURS}origin", _origin_text(fields.origin))
+    for block, vector in blocks.items():
+        writer.add_tensor(f"direction.{block}", vector.numpy())
+    with replacing(path) as file:
+        # given a path, it would open files by itself
+        writer.fout, writer.state = [file], WriterState.EMPTY
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def _block_of(tap: Tap) -> int:

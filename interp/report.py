@@ -14,7 +14,7 @@ from ..engine.files import write_json
 from ..engine.vector_checks import UNITS
 from ..model.points import Tap
 from .propensity import PROTOCOLS
-from .report_png import CurvePlot, MapPlot, check_matplotlib, write_png
+from .report_png import CurvePlot, MapPlot, check_picture, write_png
 from .slopes import (
     Floats,
     Interval,
@@ -254,7 +254,7 @@ def check_format(path: Path) -> None:
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: a report is written as {', '.join(FORMATS)}, by the ending")
     if path.suffix == ".png":
-        check_matplotlib(path)
+        check_picture(path)
 
 
 def checks(balance: float | None, accuracy: float) -> list[str]:

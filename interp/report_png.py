@@ -44,7 +44,7 @@ def write_png(curve: CurvePlot, layer_map: MapPlot, path: Path) -> None:
     Left: propensity against the multiplier, items thin, their mean thick, the control's mean
     dashed. Right: mean propensity by layer and multiplier.
     """
-    check_matplotlib(path)
+    check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,12 +55,14 @@ def write_png(curve: CurvePlot, layer_map: MapPlot, path: Path) -> None:
     _draw_curves(curve, left)
     image = _draw_map(layer_map, right)
     figure.colorbar(image, ax=right, label="mean propensity")
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
-def check_matplotlib(path: Path) -> None:
-    """Raise ValueError if pictures cannot be drawn here."""
+def check_picture(path: Path) -> None:
+    """Raise ValueError if `path` ends as no picture does, or none can be drawn here."""
+    if path.suffix != ".png":
+        raise ValueError(f"{path}: curves and map are drawn as .png")
     require("matplotlib", "plot", str(path))
 
 

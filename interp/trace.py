@@ -18,8 +18,9 @@ from ..engine.files import require, write_json
 from ..engine.lens_rows import LensRecord
 from ..engine.record import record_width, unpack_rows
 from ..model.points import Tap, check_point
+from ..tokenizer.visible import cell
 from .trace_files import check_format, write_html, write_parquet, write_png
-from .trace_grid import Cell, Grid, tap_labels, visible
+from .trace_grid import Cell, Grid, tap_labels
 
 # the exceptions that reading a dict of other content raises
 MALFORMED = (
@@ -102,8 +103,8 @@ class Trace:
         chosen = list(range(len(self.positions)) if indices is None else indices)
         return Grid(
             labels=tap_labels(self.taps),
-            tokens=[visible(self.token_at(int(self.positions[index]))) for index in chosen],
-            targets=[visible(self.target_text(index)) for index in chosen],
+            tokens=[cell(self.token_at(int(self.positions[index]))) for index in chosen],
+            targets=[cell(self.target_text(index)) for index in chosen],
             cells=[
                 [self._cell(index, column) for index in chosen] for column in range(len(self.taps))
             ],
@@ -117,7 +118,7 @@ class Trace:
             target = int(self.target_rank[index, column]), probability
         return Cell(
             candidates=[
-                (visible(self.text_of(token)), math.exp(logprob))
+                (cell(self.text_of(token)), math.exp(logprob))
                 for token, logprob in zip(ids, logprobs, strict=True)
             ],
             entropy=float(self.entropy[index, column]),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.files import replacing, require
-from .trace_grid import Cell, Grid
+from .trace_grid import Cell, Grid, fitted
 
 FORMATS = (".json", ".html", ".png", ".parquet")
 # the packages that a format needs, and the extras that have them
@@ -19,8 +19,13 @@ NEEDS = {".png": ("matplotlib", "plot"), ".parquet": ("pyarrow", "parquet")}
 
 # A picture with more positions than this has no room for their tokens.
 PNG_POSITIONS = 60
+PNG_COLUMNS = 24  # of a token's text
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
+# The policy comes before any content: whatever a page holds, it runs and loads nothing.
+PAGE = """<!doctype html><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
+<title>{title}</title>
 <style>
 body {{ font: 13px system-ui, sans-serif; margin: 1.5em; }}
 table {{ border-collapse: collapse; }}
@@ -59,9 +64,9 @@ def write_html(grid: Grid, path: Path) -> None:
         *(row("layer", label, list(map(_html_cell, cells))) for label, cells in layers),
         row("target", "target", plain(grid.targets)),
     ]
-    with replacing(path) as partial:
-        page = PAGE.format(title="lens", rows="\n".join(rows))
-        partial.write_text(page, encoding="utf-8")
+    page = PAGE.format(title="lens", rows="\n".join(rows))
+    with replacing(path) as file:
+        file.write(page.encode())
 
 
 def _html_cell(cell: Cell) -> str:
@@ -94,22 +99,20 @@ def write_png(grid: Grid, path: Path) -> None:
     else:
         axes.set_xlabel("position")
     figure.colorbar(image, label="probability")
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def _png_texts(grid: Grid, axes: Any) -> None:
     """Name each cell's likeliest token, and the token at each position."""
-
-    def escaped(token: str) -> str:
-        return token.replace("$", r"\$")
-
+    plain = {"parse_math": False}  # a dollar sign is one
     for tap, position in itertools.product(range(len(grid.labels)), range(len(grid.tokens))):
         cell = grid.cells[tap][position]
         color = "white" if cell.probability > 0.6 else "black"
-        text = escaped(cell.token)
-        axes.text(position, tap, text, ha="center", va="center", fontsize=7, color=color)
-    axes.set_xticks(range(len(grid.tokens)), map(escaped, grid.tokens), rotation=45, ha="right")
+        text = fitted(cell.token, PNG_COLUMNS)
+        axes.text(position, tap, text, ha="center", va="center", fontsize=7, color=color, **plain)
+    tokens = [fitted(token, PNG_COLUMNS) for token in grid.tokens]
+    axes.set_xticks(range(len(tokens)), tokens, rotation=45, ha="right", **plain)
 
 
 def write_parquet(columns: dict[str, list[Any]], path: Path) -> None:
@@ -117,5 +120,5 @@ def write_parquet(columns: dict[str, list[Any]], path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    with replacing(path) as partial:
-        parquet.write_table(pyarrow.table(columns), partial)
+    with replacing(path) as file:
+        parquet.write_table(pyarrow.table(columns), file)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..model.points import Tap
+from rich.cells import cell_len, set_cell_size
 
-_MARKS = {"\r": "␍", "\n": "⏎", "\t": "⇥"}
-_BIDI_CONTROLS = frozenset(
-    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-)
+from ..model.points import Tap
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of P taps at T positions, with texts whose control characters are made visible."""
+    """Cells of P taps at T positions, with texts whose hidden characters are made visible."""
 
     labels: list[str]  # P, of the taps
     tokens: list[str]  # T, at the positions
@@ -49,24 +45,8 @@ def tap_labels(taps: Sequence[Tap]) -> list[str]:
     return [f"layer {tap.layer}" if is_lone else f"{tap.layer} {tap.point}" for tap in taps]
 
 
-def visible(token: str) -> str:
-    """A token's text with its line ends, control characters and outer space made visible."""
-    shown = "".join(map(_shown, token))
-    if shown.strip(" ") == "":
-        return "·" * len(shown)
-    return "·" + shown[1:] if shown.startswith(" ") else shown
-
-
-def printable(text: str) -> str:
-    """A text with its control characters made visible, but for line ends and tabs."""
-    return "".join(c if c in "\n\t" else _shown(c) for c in text)
-
-
-def _shown(character: str) -> str:
-    if character in _MARKS:
-        return _MARKS[character]
-    if character < " ":
-        return chr(0x2400 + ord(character))  # the Unicode picture of a control character
-    if unicodedata.category(character) == "Cc" or character in _BIDI_CONTROLS:
-        return f"<U+{ord(character):04X}>"
-    return character
+def fitted(text: str, columns: int) -> str:
+    """A text cut to so many columns of a terminal, where some characters take two and some none."""
+    if cell_len(text) <= columns:
+        return text
+    return set_cell_size(text, columns - 1).rstrip(" ") + "…"

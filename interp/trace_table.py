@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from rich import box
+from rich.cells import set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .trace import Trace
-from .trace_grid import Cell, Grid, tap_labels
+from .trace_grid import Cell, Grid, fitted, tap_labels
 
 WIDTH = 100
 CELL = 11
@@ -20,10 +21,8 @@ def print_trace(trace: Trace, console: Console) -> None:
     n_positions = len(trace.positions)
     first = max(0, n_positions - SHOWN_POSITIONS)
     if first:
-        console.print(
-            f"[dim]the last {n_positions - first} of {n_positions} positions; "
-            "--json and --out hold all[/]"
-        )
+        shown = f"the last {n_positions - first} of {n_positions} positions"
+        console.print(Text(f"{shown}; --json and --out hold all", style="dim"))
     label_width = max(map(len, tap_labels(trace.taps)))
     across = max(1, (min(WIDTH, console.width) - label_width) // (CELL + 1))
     for start in range(first, n_positions, across):
@@ -35,18 +34,20 @@ def _table(grid: Grid, label_width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("token", width=label_width, no_wrap=True, style="dim")
     for token in grid.tokens:
-        table.add_column(Text(_fitted(token, CELL)), width=CELL, no_wrap=True)
+        table.add_column(Text(fitted(token, CELL)), width=CELL, no_wrap=True)
     for label, cells in zip(reversed(grid.labels), reversed(grid.cells), strict=True):
         table.add_row(label, *map(_cell, cells))
     table.add_section()
-    table.add_row("target", *(Text(_fitted(target, CELL)) for target in grid.targets))
+    table.add_row("target", *(Text(fitted(target, CELL)) for target in grid.targets))
     return table
 
 
 def _cell(cell: Cell) -> Text:
     share = f"{cell.probability:.2f}".removeprefix("0") if cell.probability < 0.995 else "1.0"
-    name = _fitted(cell.token, CELL - 4)
-    return Text(f"{name:<{CELL - 4}} {share}", style=_style(cell.probability, cell.is_hit))
+    name = fitted(cell.token, CELL - 4)
+    return Text(
+        f"{set_cell_size(name, CELL - 4)} {share}", style=_style(cell.probability, cell.is_hit)
+    )
 
 
 def _style(probability: float, is_hit: bool) -> str:
@@ -54,7 +55,3 @@ def _style(probability: float, is_hit: bool) -> str:
     grey, green = (120, 120, 120), (60, 200, 90)
     mixed = (round(a + (b - a) * probability) for a, b in zip(grey, green, strict=True))
     return ("bold " if is_hit else "") + f"rgb({','.join(map(str, mixed))})"
-
-
-def _fitted(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

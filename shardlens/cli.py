@@ -13,11 +13,15 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+from .engine.files import WriteError
+from .output import lasting_output
+from .tokenizer.visible import one_line
 
 # Each is a module NAME_command, imported only when it is asked for: most bring torch.
 COMMANDS = {
@@ -65,12 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     asked = next((word for word in words if not word.startswith("-")), None)
     try:
-        with _interrupts_at_once():
-            parser = build_parser(asked)
-        arguments = parser.parse_args(words)
-        arguments.run(arguments)
+        with lasting_output():
+            with _interrupts_at_once():
+                parser = build_parser(asked)
+            arguments = parser.parse_args(words)
+            arguments.run(arguments)
     except ValueError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), REFUSED)
+    except WriteError as error:
+        return _refuse(str(error), 1)
     except KeyboardInterrupt:
         return _end_alone(INTERRUPTED, "interrupted")
     except RuntimeError as error:
@@ -134,17 +141,12 @@ def _leave_ranks() -> None:
         dist.destroy_process_group()
 
 
-def _on_one_line(message: str) -> str:
-    """With control characters made visible: names and values may be a stranger's."""
-    line = " ".join(message.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-
-
-def _refuse(message: str) -> int:
+def _refuse(message: str, code: int) -> int:
     if is_printing_rank():
-        print(f"shardlens: {_on_one_line(message)}", file=sys.stderr)
+        with suppress(OSError):  # nobody may be there to read it
+            print(f"shardlens: {one_line(message)}", file=sys.stderr, flush=True)
     code_file = os.environ.get(EXIT_CODE_FILE)
     if code_file is None:
-        return REFUSED
-    Path(code_file).write_text(str(REFUSED))
+        return code
+    Path(code_file).write_text(str(code))
     return 0

@@ -16,7 +16,6 @@ from .model.config import DTYPE_BYTES, ModelConfig
 from .model.points import check_point, parse_layers
 from .model.source import find_config
 
-WIDTH = 100
 MEMORY = ("weights", "cache", "taps", "lens", "prefill", "graph")
 
 
@@ -59,13 +58,13 @@ def _rank_counts(text: str) -> list[int]:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if is_printing_rank() and arguments.json is not None:
+        check_writable(arguments.json)
     config = find_config(arguments.model, revision=arguments.revision)
     gpu = _gpu(arguments)
     plans = _plans(arguments, config)
     if not is_printing_rank():
         return
-    if arguments.json is not None:
-        check_writable(arguments.json)
     possible = [planned for planned in plans.values() if isinstance(planned, Plan)]
     fewest = fewest_ranks(config, possible[0].workload, gpu.memory_gib * GIB)
     _print(arguments, plans, gpu, fewest, config)
@@ -129,19 +128,17 @@ def _print(
     config: ModelConfig,
 ) -> None:
     from rich import box
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+
+    from .terminal import open_console
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("ranks", *MEMORY, "total", "fits", "moved", "tokens/s", "sent"):
         table.add_column(heading, justify="right", no_wrap=True)
     for ranks, planned in plans.items():
         table.add_row(_label(ranks, planned), *_cells(planned, gpu, ranks))
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or pipe has no width of its own; rich would take 80
-        console = Console(highlight=False, width=WIDTH)
-    console.print(escape(arguments.model), soft_wrap=True)
+    console = open_console()
+    console.print(arguments.model, soft_wrap=True)
     console.print(f"{_question(arguments, plans, gpu)}\n")
     console.print(table)
     console.print(f"\n{_legend(plans)}")
@@ -150,7 +147,7 @@ def _print(
         console.print(f"A kept trace takes {kept / 1024:,.1f} KiB of host memory per token.")
     for ranks, planned in plans.items():
         if isinstance(planned, ValueError):
-            console.print(escape(str(planned)))
+            console.print(str(planned))
             continue
         share = planned.padding_bytes / (planned.weights_bytes + planned.cache_bytes)
         if share > 0.005:

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
-from .engine.files import check_writable
+from .engine.files import check_outputs
 from .engine.fit import Target, plan_requests
 from .engine.plan import check_fits, device_memory_bytes
 from .engine.request import Request
 from .interp.labels import PromptForm, encode_prompt
-from .interp.trace_grid import printable
-from .interp.trace_table import WIDTH
 from .kernels.dispatch import set_implementation
 from .language_model import LanguageModel
 from .model.config import ModelConfig, torch_dtype
@@ -31,6 +28,7 @@ from .options import ModelOptions, OutputFile
 from .parallel.collectives import agreed
 from .parallel.group import TensorParallel
 from .stop_text import stop_texts
+from .terminal import open_console, print_running
 from .tokenizer.tokenizer import Tokenizer
 
 
@@ -76,9 +74,8 @@ class Session:
         self.print_text("assistant: ", style="bold")
 
     def print_text(self, text: str, style: str = "") -> None:
-        """Print a text with its control characters made visible, and stay on its last line."""
-        self.console.print(Text(printable(text), style=style), end="", soft_wrap=True)
-        self.console.file.flush()
+        """Print a text with its hidden characters made visible, and stay on its last line."""
+        print_running(text, self.console, style)
 
     def load(self, requests: Sequence[Request], *, capture: bool = True) -> LanguageModel:
         """The model, if the requests fit beside it, all at once.
@@ -117,8 +114,8 @@ def open_session(options: ModelOptions, files: Sequence[OutputFile] = ()) -> Ses
     with agreed(parallel):
         for path, check in files:
             check(path)
-            if parallel.rank == 0:
-                check_writable(path)
+        if parallel.rank == 0:
+            check_outputs(path for path, _ in files)
     model_files = find_model(
         options.model, parallel, revision=options.revision, adapter=options.adapter
     )
@@ -131,7 +128,7 @@ def open_session(options: ModelOptions, files: Sequence[OutputFile] = ()) -> Ses
         tokenizer,
         parallel,
         default_device() if asked is None or asked.type == "cuda" else asked,
-        Console(highlight=False, quiet=parallel.rank != 0, width=_width()),
+        open_console(quiet=parallel.rank != 0),
     )
 
 
@@ -143,11 +140,6 @@ def _device(name: str | None) -> torch.device | None:
     if device is not None and device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda is not available on this machine")
     return device
-
-
-def _width() -> int | None:
-    """A file or pipe has no width of its own; rich would take 80."""
-    return None if Console().is_terminal else WIDTH
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from .interp.pairs import Pair, read_pairs
 from .interp.prompts import PairIds, check_length, encode_pairs, longest
 from .interp.propensity import PROTOCOLS
 from .interp.report import SteerabilityReport
-from .interp.report_png import check_matplotlib
+from .interp.report_png import check_picture
 from .interp.report_table import curve_table, layer_map, slopes_table, summary_lines
 from .interp.slopes import MULTIPLIERS
 from .interp.split import split_pairs
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     multipliers = _multipliers(arguments.multipliers)
     sweep = Sweep(multipliers, arguments.protocol, arguments.unit, arguments.seed)
     pairs = read_pairs(arguments.pairs)
-    pictures = [] if arguments.png is None else [(arguments.png, check_matplotlib)]
+    pictures = [] if arguments.png is None else [(arguments.png, check_picture)]
     session = open_session(ModelOptions.parsed(arguments), [*pictures, *json_files(arguments)])
     with agreed(session.parallel):
         inputs = _Inputs.read(arguments, pairs, session)
@@ -78,9 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
         report = steerability_encoded(
             lm.model, inputs.test, vectors, sweep, suggestion=suggestion, on_progress=on_progress
         )
-    with agreed(session.parallel):
-        if session.prints:
-            _save(arguments, report)
+    if session.prints:
+        _save(arguments, report)
     _show(session, report)
 
 
@@ -156,4 +155,4 @@ def _show(session: Session, report: SteerabilityReport) -> None:
     if len(report.taps) > 1:
         console.print(layer_map(report))
     for line in summary_lines(report):
-        console.print(line, markup=False)
+        console.print(line)

@@ -55,11 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     with progress("extracting", shown=session.prints) as on_progress:
         vectors = extract_encoded(lm.model, encoded, extraction, on_progress=on_progress)
-    with agreed(session.parallel):
-        if session.prints:
-            vectors.save(arguments.out)
-            if arguments.json is not None:
-                write_json(arguments.json, _content(vectors))
+    if session.prints:
+        vectors.save(arguments.out)
+        if arguments.json is not None:
+            write_json(arguments.json, _content(vectors))
     session.console.print(_table(vectors))
     session.console.print(f"{len(pairs)} pairs, {arguments.method}: wrote {arguments.out}")
 

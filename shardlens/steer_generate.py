@@ -16,7 +16,6 @@ from .engine.request import Request
 from .engine.steering import POSITION_RULES, Rule, Steering
 from .engine.vector_checks import UNITS
 from .engine.vectors import SteeringVectors
-from .interp.trace_grid import printable
 from .kernels.edits import MODES
 from .language_model import Result
 from .options import (
@@ -35,6 +34,7 @@ from .options import (
 from .parallel.collectives import agreed
 from .session import open_session
 from .steer_options import add_tap_arguments
+from .tokenizer.visible import cell
 
 HELP = "continue a prompt, unsteered and steered"
 
@@ -88,14 +88,13 @@ def run(arguments: argparse.Namespace) -> None:
     results = lm.generate(requests, capture=not arguments.eager)
     warning = vectors.warning(model_fingerprint(lm.model))
     if warning is not None:
-        session.console.print(f"warning: {warning}", markup=False)
+        session.console.print(f"warning: {warning}")
     names = ["unsteered", *(f"scale {scale:g}" for scale in arguments.scale)]
     session.print_prompt(arguments.prompt, form)
     session.print_text("\n")
     session.console.print(_columns(names, results))
-    with agreed(session.parallel):
-        if session.prints and arguments.json is not None:
-            write_json(arguments.json, _content(arguments, results))
+    if session.prints and arguments.json is not None:
+        write_json(arguments.json, _content(arguments, results))
 
 
 def _steerings(
@@ -134,8 +133,13 @@ def _columns(names: list[str], results: list[Result]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, expand=True)
     for name in names:
         table.add_column(name, ratio=1, overflow="fold")
-    table.add_row(*(Text(printable((result.text or "").strip())) for result in results))
+    table.add_row(*(Text(_lines((result.text or "").strip())) for result in results))
     return table
+
+
+def _lines(text: str) -> str:
+    """A text in a cell, with its line breaks shown and made."""
+    return "\n".join(f"{line}⏎" for line in map(cell, text.split("\n"))).removesuffix("⏎")
 
 
 def _content(arguments: argparse.Namespace, results: list[Result]) -> dict[str, object]:

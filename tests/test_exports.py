@@ -25,7 +25,6 @@ PACKAGES = ("shardlens", *(f"shardlens.{room}" for room in ROOMS))
 PROGRAMS = ("shardlens.cli", "shardlens.launcher", "shardlens.rank_ends", "shardlens.bench")
 # file of tests: the modules whose insides it tests or replaces
 INTERNALS = {
-    "bench/test_results.py": "engine.files",
     "engine/test_capture.py": "engine.cuda_graph engine.engine engine.runner engine.step",
     "engine/test_edit_table.py": "engine.edit_table",
     "engine/test_engine.py": "engine.edit_table engine.engine engine.lens_plan engine.loop"
@@ -61,6 +60,7 @@ INTERNALS = {
     "test_exports.py": "kernels.lazy_imports",
     "tokenizer/test_chat.py": "tokenizer.chat",
     "tokenizer/test_template_bounds.py": "tokenizer.chat",
+    "tokenizer/test_visible.py": "tokenizer.visible",
 }
 
 

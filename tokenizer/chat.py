@@ -22,6 +22,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from .template_environment import BoundedEnvironment
+from .visible import one_line
 
 MOST_INDENT = 64  # of JSON
 MOST_FORMAT = 200  # characters of a date's format
@@ -78,7 +79,7 @@ class ChatTemplate:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> ValueError:
-        reason = visible(str(error)[: 4 * MOST_REASON])[:MOST_REASON] or "no reason given"
+        reason = one_line(str(error)[: 4 * MOST_REASON])[:MOST_REASON] or "no reason given"
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         return ValueError(f"the chat template of {self._origin} failed: {kind}{reason}")
 
@@ -148,12 +149,6 @@ def find_chat_template(directory: Path, settings: Mapping[str, Any]) -> str | No
             "of named templates"
         )
     return found
-
-
-def visible(text: str) -> str:
-    """`text` on one line, with control characters as escapes."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 class _GenerationBlock(Extension):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+from .visible import running
+
 Span = tuple[int, int]  # the first character of a text, and the one after the last
 
 SPACE = "\u2581"  # how vocabularies of sentencepiece's kind write a space
+_LONE = re.compile("[\ud800-\udfff]")  # halves of characters, and bytes that are no UTF-8
 MOST_CHARACTERS = 4_000_000  # of one text: its encoding then takes seconds and under 1 GB
 
 
@@ -53,8 +57,13 @@ class Encoder(Protocol):
         ...
 
 
-def check_length(text: str) -> None:
-    """Raise ValueError for a text that would take too much memory to encode."""
+def check_text(text: str) -> None:
+    """Raise ValueError for a text that no vocabulary has bytes for, or too long to encode."""
+    lone = _LONE.search(text)
+    if lone is not None:
+        raise ValueError(
+            f"character {lone.start() + 1} of the text, {running(lone[0])}, is not valid UTF-8"
+        )
     if len(text) > MOST_CHARACTERS:
         raise ValueError(
             f"a text of {len(text):,} characters is longer than {MOST_CHARACTERS:,}: split it"

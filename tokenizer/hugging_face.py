@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 
 from .added import AddedToken
-from .encoding import SPACE, Encoded, Span, check_length, library_errors
+from .encoding import SPACE, Encoded, Span, check_text, library_errors
 
 _PROBE = "a b"
 
@@ -61,7 +61,7 @@ class HuggingFaceEncoder:
         """Raises ValueError for a text that is too long, or that holds a character which the
         vocabulary cannot spell.
         """
-        check_length(text)
+        check_text(text)
         library = self._library_inside if inside else self._library
         with library_errors(f"{self._path} cannot encode the text"):
             library.encode_special_tokens = not special

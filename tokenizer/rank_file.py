@@ -12,7 +12,7 @@ from pathlib import Path
 import tiktoken
 
 from .added import AddedToken, AddedTokens
-from .encoding import Encoded, Span, check_length, library_errors
+from .encoding import Encoded, Span, check_text, library_errors
 from .split_rules import LLAMA3_PATTERN
 
 N_RANKS = 128_000
@@ -54,7 +54,7 @@ class RankFileEncoder:
 
     def encode(self, text: str, *, special: bool, inside: bool) -> Encoded:
         """Raises ValueError for a text, or a run of white space in it, too long for tiktoken."""
-        check_length(text)
+        check_text(text)
         if len(text) > _LONGEST_SPACE_RUN and re.search(rf"\s{{{_LONGEST_SPACE_RUN}}}", text):
             raise ValueError(
                 f"the text holds {_LONGEST_SPACE_RUN:,} or more white-space characters in a row; "

@@ -12,7 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from .added import AddedToken, AddedTokens
-from .encoding import SPACE, Encoded, Span, check_length, library_errors
+from .encoding import SPACE, Encoded, Span, check_text, library_errors
 
 _NORMALIZER_SPEC = 3
 _ADD_DUMMY_PREFIX = 3
@@ -59,7 +59,7 @@ class SentencePieceEncoder:
 
     def encode(self, text: str, *, special: bool, inside: bool) -> Encoded:
         """Raises ValueError for a text that is too long."""
-        check_length(text)
+        check_text(text)
 
         def encode_stretch(start: int, end: int) -> Encoded:
             begins = start == 0 and not inside

@@ -15,6 +15,7 @@ from typing import Any
 from .chat import ChatTemplate, Shield, find_chat_template
 from .encoding import Encoded, Encoder
 from .files import read_encoder, read_settings, token_name
+from .visible import decoded
 
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -125,10 +126,10 @@ class Tokenizer:
         return piece
 
     def token_text(self, id: int) -> str:
-        """Returns one token for display: half characters as U+FFFD, an unknown id as `<id>`."""
+        """Returns one token for display: half a character as `<D7>`, an unknown id as `<id>`."""
         index = operator.index(id)
         piece = self._pieces.get(index)
-        return f"<{index}>" if piece is None else piece.decode("utf-8", errors="replace")
+        return f"<{index}>" if piece is None else decoded(piece)
 
     def single_token(self, text: str) -> int:
         """Returns the id of the one token that `text` is, alone or else after a space.

@@ -13,7 +13,7 @@ import pytest
 
 from shardlens.bench.kernel_report import COLUMNS
 from shardlens.bench.report import RESULTS
-from shardlens.engine.files import json_text, write_json
+from shardlens.engine import json_text, write_json
 
 LONE_NUMBER = re.compile(r"^\s*-?\d[\d.eE+-]*,?$", re.MULTILINE)
 CONTENT = {

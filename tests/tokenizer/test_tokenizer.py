@@ -256,7 +256,7 @@ def test_token_text_and_bytes(shared_data: Path) -> None:
     llama, stories = load(shared_data / LLAMA31), load(shared_data / STORIES)
     half = llama.encode("🦙", bos=False)
     assert len(half) > 1
-    assert "\ufffd" in llama.token_text(half[0])
+    assert llama.token_text(half[0]) == " <F0><9F>" or llama.token_text(half[0]) == "<F0><9F>"
     assert b"".join(map(llama.token_bytes, half)) == "🦙".encode()
     assert llama.token_text(128009) == "<|eot_id|>"
     assert llama.token_bytes(128009) == b"<|eot_id|>"
