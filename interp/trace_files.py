@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ NEEDS = {".png": ("matplotlib", "plot"), ".parquet": ("pyarrow", "parquet")}
 
 # A picture with more positions than this has no room for their tokens.
 PNG_POSITIONS = 60
-PNG_COLUMNS = 24  # of a token's text
+PNG_COLUMNS = 12  # of a text, which a cell has room for
 
 # The policy comes before any content: whatever a page holds, it runs and loads nothing.
 PAGE = """<!doctype html><meta charset="utf-8">
@@ -99,7 +100,9 @@ def write_png(grid: Grid, path: Path) -> None:
     else:
         axes.set_xlabel("position")
     figure.colorbar(image, label="probability")
-    with replacing(path) as file:
+    with replacing(path) as file, warnings.catch_warnings():
+        # a line for each character that the font lacks; the picture has a box there
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")
         figure.savefig(file, dpi=150, format="png")
 
 

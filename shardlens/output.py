@@ -51,8 +51,9 @@ def lasting_output() -> Iterator[None]:
     Where it cannot be written, such as on a full disk, WriteError is raised once all is done. A
     reader that has closed its pipe has seen enough: this is no error.
     """
+    _open_standard_streams()
     stream = sys.stdout
-    if stream is None:  # closed by whoever started the process
+    if stream is None:  # it was closed
         yield
         return
     if isinstance(stream, io.TextIOWrapper):
@@ -71,6 +72,13 @@ def lasting_output() -> Iterator[None]:
     finally:
         outlet.flush()
         sys.stdout = stream
+
+
+def _open_standard_streams() -> None:
+    """Lead those that are closed nowhere: a file would get their number, and what is said there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def _raise_if_failed(outlet: _Outlet) -> None:
