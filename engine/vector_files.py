@@ -13,8 +13,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,7 +41,11 @@ class Format(NamedTuple):
 
 
 def write_fields(fields: VectorFields, path: Path) -> None:
-    """Write in the format that the ending of `path` names, or nothing. Raises ValueError."""
+    """Write in the format that the ending of `path` names, or nothing.
+
+    Raises ValueError for other endings and for vectors that the format cannot hold, and as
+    `replacing` does.
+    """
     check_format(path, fields.vectors)
     _format(path).write(fields, path)
 
@@ -134,7 +139,7 @@ def _write_gguf(fields: VectorFields, path: Path) -> None:
         writer.add_tensor(f"direction.{block}", vector.numpy())
     with replacing(path) as file:
         # given a path, it would open files by itself
-        writer.fout, writer.state = [file], WriterState.EMPTY
+        writer.fout, writer.state = [cast(BufferedWriter, file)], WriterState.EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -211,7 +211,8 @@ class SteerabilityReport:
     def save(self, path: str | Path) -> None:
         """Write to .json or .png, by the ending, or nothing at all.
 
-        Raises ValueError for another ending, or a picture where matplotlib is missing.
+        Raises ValueError for another ending, a picture where matplotlib is missing, and a path that
+        nothing can be written to; OSError where writing fails, as on a full disk.
         """
         path = Path(path)
         check_format(path)

@@ -208,7 +208,8 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write to .json, .html, .png or .parquet, by the ending, or nothing at all.
 
-        Raises ValueError for another ending, or where the extra package it needs is missing.
+        Raises ValueError for another ending, where the extra package it needs is missing, and for
+        a path that nothing can be written to; OSError where writing fails, as on a full disk.
         """
         path = Path(path)
         check_format(path)

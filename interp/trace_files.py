@@ -51,7 +51,7 @@ def check_format(path: Path) -> None:
 
 
 def write_html(grid: Grid, path: Path) -> None:
-    """Write a page with a table of the cells. Raises ValueError where it cannot be written."""
+    """Write a page with a table of the cells. Raises as `replacing` does."""
 
     def row(kind: str, label: str, cells: Sequence[str]) -> str:
         return f'<tr class="{kind}"><th>{html.escape(label)}</th>{"".join(cells)}</tr>'
@@ -83,7 +83,7 @@ def _html_cell(cell: Cell) -> str:
 
 
 def write_png(grid: Grid, path: Path) -> None:
-    """Draw the cells, shaded by probability. Raises ValueError where it cannot be written."""
+    """Draw the cells, shaded by probability. Raises as `replacing` does."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -119,7 +119,7 @@ def _png_texts(grid: Grid, axes: Any) -> None:
 
 
 def write_parquet(columns: dict[str, list[Any]], path: Path) -> None:
-    """Write a table of named columns. Raises ValueError where it cannot be written."""
+    """Write a table of named columns. Raises as `replacing` does."""
     import pyarrow
     from pyarrow import parquet
 

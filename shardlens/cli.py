@@ -1,8 +1,8 @@
 """The command line: `python -m shardlens COMMAND`, alone or on ranks that a launcher starts.
 
 Every rank runs the same command on the same arguments; rank 0 alone prints and writes files.
-Exit codes: 0 done, 2 bad input (one line says what), 3 on a rank that another one left alone,
-130 after Ctrl-C, 1 anything else.
+Exit codes: 0 done, also for a reader that left early; 2 bad input (one line says what); 3 on a rank
+that another one left alone; 130 after Ctrl-C; 1 anything else, such as a full disk (one line, too).
 """
 
 from __future__ import annotations

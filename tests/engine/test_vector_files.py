@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,21 @@ def test_a_failed_write_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
     with pytest.raises(ValueError, match="cannot be written"):
         made(BLOCKS).save(tmp_path / "nowhere" / f"v.{ending}")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "gguf"])
+def test_a_fifo_is_given_the_whole_file(tmp_path: Path, ending: str) -> None:
+    """Writers need a file that they can seek in, which a fifo is not."""
+    path, fifo, found = tmp_path / f"v.{ending}", tmp_path / f"fifo.{ending}", []
+    os.mkfifo(fifo)
+    reader = threading.Thread(target=lambda: found.append(fifo.read_bytes()))
+    reader.start()
+    made(BLOCKS).save(fifo)
+    reader.join(20)
+    path.write_bytes(found[0])
+    loaded = SteeringVectors.load(path).vectors
+    assert fifo.is_fifo() and list(loaded) == list(BLOCKS)
+    assert all(torch.equal(loaded[tap], made(BLOCKS).vectors[tap]) for tap in BLOCKS)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "gguf"])

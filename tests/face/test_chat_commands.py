@@ -83,7 +83,7 @@ def test_a_turn_is_a_line(
 ) -> None:
     out = tmp_path / "out.json"
     words = [str(chatty), "--prompt", "Is [red] \x1b[2J :bomb:?", *CHAT, "--json", str(out)]
-    turns = ["system: Be brief.", "user: Is [red] ␛[2J :bomb:?"]
+    turns = ["system: Be brief.", "user: Is [red] <1B>[2J :bomb:?"]
     assert main(["generate", *words, "--max-new-tokens", "6"]) == 0
     text = json.loads(out.read_text())["text"]
     assert text.strip() and "\x1b" not in text

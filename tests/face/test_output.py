@@ -166,8 +166,8 @@ def test_targets_are_checked_before_the_model_is_looked_for(
     Path("locked.png").chmod(0o400)
     before = sorted(tmp_path.iterdir())
     if words[0] != "bench":
-        place = 2 if words[0] == "steer" else 1
-        words = [*words[:place], "/no/such/model", *words[place:]]
+        n_verbs = 2 if words[0] == "steer" else 1
+        words = [*words[:n_verbs], "/no/such/model", *words[n_verbs:]]
     assert main(words) == 2
     said = capsys.readouterr()
     assert says in said.err and said.err.count("\n") == 1 and said.out == ""

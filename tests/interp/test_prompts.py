@@ -97,7 +97,7 @@ def spans_that_spell(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
     """
     ids, spans = tokenizer.encode_with_spans(text, bos=False)
     for index, (id, (start, end)) in enumerate(zip(ids, spans, strict=True)):
-        token = tokenizer.token_text(id)
+        token = tokenizer.token_bytes(id).decode("utf-8", errors="replace")
         if token != text[start:end] and "\ufffd" not in token:
             assert token == " " + text[start:end] and index == 0
     assert all(before <= after for before, after in itertools.pairwise(spans))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +133,18 @@ def test_a_table_has_a_row_per_position_tap_and_candidate(tmp_path: Path) -> Non
                 assert math.isnan(found["target_logprob"]) == (found["target"] == -1)
                 row += 1
     assert row == len(columns["token"])
+
+
+@pytest.mark.parametrize("ending", ["json", "html", "png", "parquet"])
+def test_a_fifo_is_given_the_whole_file(ending: str, tmp_path: Path) -> None:
+    path, fifo, found = tmp_path / f"x.{ending}", tmp_path / f"fifo.{ending}", []
+    made().save(path)
+    os.mkfifo(fifo)
+    reader = threading.Thread(target=lambda: found.append(fifo.read_bytes()))
+    reader.start()
+    made().save(fifo)
+    reader.join(20)
+    assert found == [path.read_bytes()] and fifo.is_fifo()
 
 
 def test_pandas_is_given_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
