@@ -134,7 +134,7 @@ def _replacement(target: Path) -> Iterator[IO[bytes]]:
             if before is not None:
                 with suppress(PermissionError):
                     os.fchown(descriptor, before.st_uid, before.st_gid)
-                os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
+                os.fchmod(descriptor, before.st_mode & 0o777)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
