@@ -7,10 +7,7 @@ import os
 import resource
 import secrets
 import stat
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,38 +77,6 @@ def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(ValueError, match=r"a cannot be written: Too many levels"):
         check_writable(tmp_path / "a")
-
-
-def test_a_device_stays(tmp_path: Path) -> None:
-    device = tmp_path / "null"
-    try:
-        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
-        device.read_bytes()
-    except PermissionError:
-        pytest.skip("needs to make and open a device node")
-    (tmp_path / "link").symlink_to("null")
-    for path in (device, tmp_path / "link"):
-        check_writable(path)
-        write_json(path, CONTENT)
-    assert stat.S_ISCHR(device.stat().st_mode) and len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_fifo_stays(tmp_path: Path) -> None:
-    fifo, found = tmp_path / "fifo.json", []
-    os.mkfifo(fifo)
-    reader = threading.Thread(target=lambda: found.append(read(fifo)))
-    reader.start()
-    write_json(fifo, BIG)
-    reader.join(20)
-    assert found == [BIG] and stat.S_ISFIFO(fifo.stat().st_mode)
-    assert list(tmp_path.iterdir()) == [fifo]
-
-
-def test_a_full_device_is_no_bad_input() -> None:
-    check_writable(Path("/dev/full"))
-    with pytest.raises(WriteError, match=r"^/dev/full cannot be written: No space left on device$"):
-        write_json(Path("/dev/full"), BIG)
-    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
@@ -244,27 +209,6 @@ def test_another_user() -> None:
         write_json(shared / "y.json", BIG)
         assert read(shared / "y.json") == BIG and (shared / "y.json").stat().st_uid == 65534
         assert sorted(path.name for path in shared.iterdir()) == ["x.json", "y.json"]
-
-
-WRITES = """
-import sys; from pathlib import Path; from shardlens.engine import write_json
-print("before"); write_json(Path(sys.argv[1]), {"a": 1}); print("after")
-"""
-
-
-@pytest.mark.parametrize("to_file", [False, True], ids=["pipe", "file"])
-@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "out"])
-def test_standard_output(path: str, to_file: bool, tmp_path: Path) -> None:
-    """A file behind it is continued, under whatever name it is given, and not begun anew."""
-    if path == "out" and not to_file:
-        pytest.skip("a pipe has no name")
-    with (tmp_path / "out").open("wb") as out:
-        command = [sys.executable, "-c", WRITES, path]
-        output = out if to_file else subprocess.PIPE
-        ran = subprocess.run(command, stdout=output, cwd=tmp_path, timeout=60, check=True)
-    shown = (tmp_path / "out").read_bytes() if to_file else ran.stdout
-    assert shown == b'before\n{\n "a": 1\n}\nafter\n'
-    assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
 def test_halves_of_characters_in_json(tmp_path: Path) -> None:
