@@ -13,7 +13,7 @@ The latter two are turned towards mean_diff and get the length of its component 
 one unit of each moves a state by the mean gap along it.
 
 All taps come from one pass, in which the two answers are branches of one prompt. Residuals are
-whole on every rank, so that ranks exchange what the forward pass exchanges, and no more.
+whole on every rank, so that ranks exchange what the forward pass exchanges, and a digest.
 """
 
 from __future__ import annotations
