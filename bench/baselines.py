@@ -220,11 +220,11 @@ def cached_greedy(hf: Any, prompt: list[int], n_tokens: int) -> Iterator[Tensor]
 def read_with_moved_mlp_inputs(
     hf: Any, prompt: list[int], token_ids: list[int], move: Tensor, top_k: int
 ) -> RunOutput:
-    """The lens of a given continuation, with `move` [d] added to the MLP inputs at new tokens."""
+    """The lens of a given continuation, with `move` [d] added where MLPs read for new tokens."""
 
     def add(module: Any, inputs: Any, output: Tensor) -> Tensor:
         output = output.clone()
-        output[:, len(prompt) :] += move
+        output[:, len(prompt) - 1 :] += move
         return output
 
     states: list[Tensor] = []
