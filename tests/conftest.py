@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,14 @@ if not torch.cuda.is_available():  # before a kernel's file is imported, which r
 
 from shardlens.kernels import implementation
 from shardlens.parallel import TensorParallel
+
+# A shell's background jobs ignore these, and so would every program that a test starts.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
