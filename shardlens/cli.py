@@ -33,7 +33,7 @@ COMMANDS = {
     "bench": "measure this machine",
 }
 
-REFUSED, LOST_CONTACT, INTERRUPTED = 2, 3, 130  # exit codes
+REFUSED, LOST_CONTACT, UNWRITTEN, INTERRUPTED = 2, 3, 4, 130  # exit codes
 
 # torchrun answers 1 for whatever code its ranks end with. A launcher that wants the true code
 # names a file here; then a rank that refuses bad input writes its code there and ends with 0.
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _refuse(str(error), REFUSED)
     except WriteError as error:
-        return _refuse(str(error), 1)
+        # the launcher, which is told that a line was printed, makes it 1 as well
+        return _refuse(str(error), UNWRITTEN if _is_launched() else 1)
     except KeyboardInterrupt:
         return _end_alone(INTERRUPTED, "interrupted")
     except RuntimeError as error:
@@ -112,6 +113,11 @@ def _interrupts_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def _is_launched() -> bool:
+    """Whether this is a rank of `launcher.py`, which has a line for the user itself."""
+    return "SHARDLENS_RENDEZVOUS" in os.environ
+
+
 def _has_lost_contact(error: RuntimeError) -> bool:
     if "torch.distributed" not in sys.modules:
         return False
@@ -122,8 +128,7 @@ def _has_lost_contact(error: RuntimeError) -> bool:
 
 def _end_alone(code: int, line: str) -> int:
     """End this rank, whatever the others do. The launcher has its own line for the user."""
-    from_launcher = "SHARDLENS_RENDEZVOUS" in os.environ
-    if not from_launcher:
+    if not _is_launched():
         number = os.environ.get("RANK")
         print(f"shardlens: {'' if number is None else f'rank {number}: '}{line}", file=sys.stderr)
     dist = sys.modules.get("torch.distributed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass, field
 
-from .cli import INTERRUPTED, LOST_CONTACT, REFUSED
+from .cli import INTERRUPTED, LOST_CONTACT, REFUSED, UNWRITTEN
 
 
 @dataclass
@@ -39,8 +39,10 @@ class Ending:
         if self.stopped:
             return f"rank {self.stopped[0]} is stopped and does not answer the others"
         for rank, code in bad.items():
-            if code not in (REFUSED, LOST_CONTACT):
+            if code not in (REFUSED, LOST_CONTACT, UNWRITTEN):
                 return f"rank {rank} ended with exit code {code}"
+        if UNWRITTEN in bad.values():
+            return None
         refused = [rank for rank, code in bad.items() if code == REFUSED]
         if refused:
             return None if 0 in refused else f"rank {refused[0]} refused what rank 0 did not"

@@ -19,6 +19,7 @@ from shardlens.rank_ends import Ending
         (Ending({0: 3, 1: 3}), 1, "the ranks lost contact with each other"),
         (Ending({0: 3, 1: -2}), 130, "rank 1 was interrupted"),
         (Ending({0: 2, 1: 3}), 2, None),
+        (Ending({0: 4, 1: 0}), 1, None),  # a full disk, which the rank has said
         (Ending({0: 2, 1: -9}), 1, "rank 1 was killed by SIGKILL"),
         (Ending({1: 2, 0: 3}), 2, "rank 1 refused what rank 0 did not"),
     ],

@@ -245,7 +245,8 @@ from pathlib import Path
 import torch
 from shardlens.model import Transformer
 from shardlens.model.model_files import read_config
-from shardlens.model.weights import Checkpoint, load_weights
+from shardlens.model.safetensors_files import SafetensorsFiles
+from shardlens.model.weights import load_weights
 from shardlens.parallel.group import TensorParallel
 
 def status(field):
@@ -255,7 +256,7 @@ def status(field):
 directory = Path(sys.argv[1])
 parallel = TensorParallel(object(), 1, 4)  # one of four ranks: loading does not communicate
 model = Transformer(read_config(directory), parallel=parallel, device="meta")
-Checkpoint(directory)
+SafetensorsFiles(directory)
 torch.randn(64, 64) @ torch.randn(64, 64)
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
