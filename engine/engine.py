@@ -103,8 +103,10 @@ class Engine:
             max_batch = self._largest_batch(generations, capture)
         n_slots = min(len(generations), max_batch)
         steps = self._steps(generations, n_slots, capture)
+        for generation in generations:
+            generation.arrange_edits(steps.cache.capacity)
         try:
-            runner = steps.step(self._shape(generations, steps))
+            runner = steps.step(self._shape(generations))
             if any(generation.max_new_tokens > 1 for generation in generations):
                 runner.prepare()
             runner.step.reset()
@@ -147,12 +149,10 @@ class Engine:
             self.kept = steps
         return steps
 
-    def _shape(self, generations: Sequence[Generation], steps: StepCache) -> StepShape:
+    def _shape(self, generations: Sequence[Generation]) -> StepShape:
         config = self.model.config
         stepped = [g for g in generations if g.max_new_tokens]
         lenses = [g.record.spec for g in stepped if g.record is not None and g.record.reads_steps]
-        for generation in generations:
-            generation.arrange_edits(steps.cache.capacity)
         return StepShape.of(
             LensPlan.of(lenses, config) if lenses else None,
             [generation.request.sampling for generation in generations],

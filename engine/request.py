@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
@@ -84,7 +84,7 @@ class Generation:
         self.max_new_tokens = request.max_new_tokens
         stop_ids = config.eos_token_ids if request.stop_ids is None else request.stop_ids
         self.stop_ids = frozenset(stop_ids)
-        self.steering = tuple(all_of(request.steering, Steering, "steering", "a Steering"))
+        self.steering = cast("tuple[Steering, ...]", request.steering)  # as `Request` made it
         self.ends = request.ends
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None

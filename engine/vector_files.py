@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..model.gguf_files import BROKEN
 from ..model.points import POINTS, Tap
 from .files import replacing
 from .tap_names import tap_name
@@ -31,8 +32,6 @@ FORMAT = "shardlens steering vectors"
 VERSION = 1
 ARCHITECTURE = "controlvector"
 OURS = "shardlens."  # starts the names of what other readers of a gguf file do not ask for
-# gguf's reader raises these where a file ends early or holds numbers that mean nothing.
-BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError)
 
 
 class Format(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..parallel.spans import Span
+from ..tokenizer.json_file import check_regular
 from .config import ModelConfig
-from .families import ARCHITECTURES
 from .rope_config import RopeScaling
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # gguf's reader raises these where a file ends early or holds numbers that mean nothing.
-_BROKEN = (ValueError, OSError, KeyError, IndexError, TypeError, OverflowError, UnicodeDecodeError)
+BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError)
 _TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -69,7 +68,7 @@ class GgufFile:
         """All keys and their values."""
         try:
             return {name: field.contents() for name, field in self._reader.fields.items()}
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ValueError(f"{self.origin} has broken metadata ({error})") from None
 
     @cached_property
@@ -83,9 +82,7 @@ class GgufFile:
             )
         keys = {k.removeprefix(f"{kind}."): v for k, v in self.metadata.items()}
         _refuse_others(keys, self.origin)
-        names = {model_type: name for name, model_type in ARCHITECTURES.items()}
         raw = {
-            "architectures": [names[kind]],
             "model_type": kind,
             "vocab_size": self._rows("model.embed_tokens.weight"),
             "hidden_size": keys.get("embedding_length"),
@@ -121,10 +118,8 @@ class GgufFile:
 
         from .stored import row_blocks
 
-        tensor, shape = self._stored[name], self.shapes[name]
-        row_bytes = 4 * (shape[1] if columns is not None else 1)
-        for start, stop in row_blocks(rows, row_bytes):
-            block = self._rows_of(name, tensor, np.arange(start, stop))
+        for start, stop in row_blocks(rows, self.shapes[name]):
+            block = self._rows_of(name, self._stored[name], np.arange(start, stop))
             if columns is not None:
                 block = block[:, columns.start : columns.stop]
             yield start - rows.start, torch.from_numpy(np.ascontiguousarray(block))
@@ -196,13 +191,12 @@ def _refuse_others(keys: Mapping[str, Any], origin: str) -> None:
 def _opened(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
+    check_regular(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("not a regular file")
         reader = GGUFReader(path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except _BROKEN as error:
+    except (OSError, *BROKEN) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not a whole gguf file ({reason})") from None
     for tensor in reader.tensors:

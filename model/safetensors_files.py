@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..parallel.spans import Span
-from ..tokenizer.json_file import read_json
+from ..tokenizer.json_file import check_regular, read_json
 from .fields import shown
 from .stored import row_blocks
 
@@ -47,9 +46,7 @@ class SafetensorsFiles:
     def read(self, name: str, rows: Span, columns: Span | None) -> Iterator[tuple[int, Tensor]]:
         """As `Weights.read`; FP8 weights come in float32, multiplied by their scales."""
         path, stored = self._stored[name]
-        shape = self.shapes[name]
-        row_bytes = 4 * (shape[1] if columns is not None else 1)
-        for start, stop in row_blocks(rows, row_bytes):
+        for start, stop in row_blocks(rows, self.shapes[name]):
             with opened(path) as file:
                 part = file.get_slice(stored)
                 if columns is None:
@@ -151,9 +148,8 @@ def _files(directory: Path) -> dict[str, Path]:
 
 def opened(path: Path) -> safe_open:
     """The tensors of one file. Raises ValueError for a file that is missing or broken."""
+    check_regular(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"{path} is not a regular file")
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: fetch it from the model") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -26,8 +27,9 @@ class Weights(Protocol):
         ...
 
 
-def row_blocks(rows: Span, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """The first and the last-but-one row of blocks of at most BLOCK_BYTES, or of one row."""
+def row_blocks(rows: Span, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Rows start:stop of blocks of a tensor of that shape: at most BLOCK_BYTES each, or one row."""
+    row_bytes = 4 * math.prod(shape[1:])
     step = max(1, BLOCK_BYTES // row_bytes)
     for start in range(rows.start, rows.stop, step):
         yield start, min(rows.stop, start + step)

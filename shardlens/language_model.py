@@ -324,16 +324,13 @@ class LanguageModel:
             stop_ids = {*self.model.config.eos_token_ids, self._tokenizer.eos_id}
         return replace(request, prompt=prompt, ends=ends, stop_ids=stop_ids, stop=())
 
-    def _result(
-        self, generation: Generation, stop: str | Sequence[str], *, has_trace: bool
-    ) -> Result:
+    def _result(self, generation: Generation, stop: Sequence[str], *, has_trace: bool) -> Result:
         text, trace = None, None
         if generation.record is not None and has_trace:
             trace = Trace.from_record(generation.record)
             trace.input_ids = [*generation.prompt, *generation.tokens]
         if self._tokenizer is not None:
-            stops = stop_texts(self._tokenizer, stop)
-            text = text_of(self._tokenizer, generation.tokens, stops)
+            text = text_of(self._tokenizer, generation.tokens, stop)
             if trace is not None:
                 trace.name_tokens(self._tokenizer.token_text)
         return Result(generation.tokens, text, generation.finish_reason, trace)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-import stat
 from pathlib import Path
 from typing import Any
+
+
+def check_regular(path: Path) -> None:
+    """Raise ValueError for a folder, a device or a fifo, for which a reader would wait."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file; put the model's own file there")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -13,9 +18,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises ValueError naming a file that is missing, no regular file, or broken.
     """
+    check_regular(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"{path} is not a regular file; put the model's own file there")
         text = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,15 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 600
     assert refused > 30
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_a_gguf_that_is_no_file(kind: str, tmp_path: Path) -> None:
+    """Not waited for: of a fifo no reader would ever see the end."""
+    path = tmp_path / "m.gguf"
+    os.mkfifo(path) if kind == "fifo" else path.mkdir()
+    with pytest.raises(ValueError, match=r"m\.gguf is not a regular file"):
+        ModelFiles(path).config  # noqa: B018
 
 
 def test_a_sentencepiece_vocabulary_taken_apart(shared_data: Path) -> None:
