@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model.config import ModelConfig
 from ..model.points import POINTS, Layers, Tap, check_point, parse_layers
+from ..tokenizer.paths import user_path
 from .tap_names import listed, tap_name, tap_order
 from .vector_checks import check_direction, check_unit, check_width
 from .vector_fields import UNKNOWN_ORIGIN, Origin, VectorFields
@@ -278,8 +279,9 @@ class SteeringVectors:
         Such a gguf may not say how deep its model is: give that model's config. Raises ValueError
         naming the file if it is broken, or if its vectors do not fit `config`.
         """
-        fields = read_fields(Path(path), None if config is None else config.n_layers)
-        with naming_file(Path(path)):
+        path = user_path(path)
+        fields = read_fields(path, None if config is None else config.n_layers)
+        with naming_file(path):
             vectors = cls(*fields)
             if config is not None:
                 vectors.check(config)

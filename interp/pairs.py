@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model import arguments
+from ..tokenizer.paths import read_text, user_path
 
 EVAL_FIELDS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 SIDE_FIELDS = ("positive", "negative")
@@ -81,7 +82,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     JSON, a field that is missing, empty or no text, and two answers that are equal; with the file
     for one that is missing, not UTF-8, or without a pair.
     """
-    text = _read_text(Path(path))
+    text = read_text(user_path(path), "a file of pairs")
     records = _array_items if text.lstrip().startswith("[") else _lines
     pairs = []
     for source, record in records(text, path):
@@ -92,20 +93,6 @@ def read_pairs(path: str | Path) -> list[Pair]:
     if not pairs:
         raise ValueError(f"{path}: holds no pair; write one JSON object per line")
     return pairs
-
-
-def _read_text(path: Path) -> str:
-    try:
-        # Some editors begin a file with a byte order mark, which json would refuse.
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file; give a file of pairs") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 at byte {error.start:,}; save the file in UTF-8"
-        ) from None
 
 
 def _array_items(text: str, path: str | Path) -> Iterator[tuple[str, Any]]:

@@ -18,6 +18,7 @@ from ..engine.files import require, write_json
 from ..engine.lens_rows import LensRecord
 from ..engine.record import record_width, unpack_rows
 from ..model.points import Tap, check_point
+from ..tokenizer.paths import user_path
 from ..tokenizer.visible import cell
 from .trace_files import check_format, write_html, write_parquet, write_png
 from .trace_grid import Cell, Grid, tap_labels
@@ -225,7 +226,7 @@ class Trace:
     @classmethod
     def load(cls, path: str | Path) -> Trace:
         """Read a .json file that `save` wrote. Raises ValueError naming a file that is not one."""
-        path = Path(path)
+        path = user_path(path)
         if path.suffix != ".json":
             raise ValueError(
                 f"{path}: a trace is read from .json; the other formats are to look at"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..parallel.spans import Span
-from ..tokenizer.json_file import check_regular
+from ..tokenizer.paths import check_regular
 from .config import ModelConfig
 from .rope_config import RopeScaling
 

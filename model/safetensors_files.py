@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..parallel.spans import Span
-from ..tokenizer.json_file import check_regular, read_json
+from ..tokenizer.json_file import read_json
+from ..tokenizer.paths import check_regular
 from .fields import shown
 from .stored import row_blocks
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..tokenizer.paths import user_path
 from .config import ModelConfig
 from .model_files import ModelFiles
 from .packaged import PACKAGED, packaged_path
@@ -63,7 +64,7 @@ def find_config(source: str | Path, *, revision: str | None = None) -> ModelConf
     source: as of `find_model`, or the path of a config.json. Raises ValueError as `find_model`
     does.
     """
-    local, path = _local(source, revision), Path(source).expanduser()
+    local, path = _local(source, revision), user_path(source)
     if local is not None:
         return ModelFiles(local).config
     if path.is_file():
@@ -78,7 +79,7 @@ def find_config(source: str | Path, *, revision: str | None = None) -> ModelConf
 def _local(source: str | Path, revision: str | None) -> Path | None:
     name = str(source)
     packaged = DEMO if name == "demo" else packaged_path(name)
-    path = packaged or Path(source).expanduser()
+    path = packaged or user_path(source)
     is_local = path.is_dir() or (path.suffix == ".gguf" and path.exists())
     if is_local and revision is not None:
         raise ValueError(f"{source} is on this machine: a revision is of a hub id")
@@ -86,7 +87,7 @@ def _local(source: str | Path, revision: str | None) -> Path | None:
 
 
 def _adapter(given: str | Path | None) -> Path | None:
-    path = None if given is None else Path(given).expanduser()
+    path = None if given is None else user_path(given)
     if path is not None and not path.is_dir():
         raise ValueError(
             f"adapter {given} is not a directory; give the one with adapter_config.json"

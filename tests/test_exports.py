@@ -38,6 +38,7 @@ INTERNALS = {
     "engine/test_vectors.py": "engine.tap_names",
     "face/test_demo.py": "kernels.head_cut",
     "face/test_many_requests.py": "engine.loop",
+    "face/test_paths.py": "tokenizer.paths",
     "face/test_plan_command.py": "engine.fit model.load session",
     "face/test_stop.py": "engine.loop stop_text",
     "interp/test_lens.py": "engine.lens_rows parallel.head_reduce",

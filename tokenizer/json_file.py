@@ -6,27 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-
-def check_regular(path: Path) -> None:
-    """Raise ValueError for a folder, a device or a fifo, for which a reader would wait."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file; put the model's own file there")
+from .paths import check_regular, read_text
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a file holds.
 
-    Raises ValueError naming a file that is missing, no regular file, or broken.
+    Raises ValueError naming a file that is missing, no regular file, too large, or broken.
     """
     check_regular(path)
+    text = read_text(path, "the model's own file")
     try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    try:
-        content = json.loads(text.decode("utf-8"))
+        content = json.loads(text)
     except RecursionError:
         raise ValueError(f"{path}: nested too deep to be read as JSON") from None
     except ValueError as error:

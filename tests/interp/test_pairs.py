@@ -207,11 +207,11 @@ def test_a_broken_file_is_refused(content: str, reason: str, tmp_path: Path) -> 
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert refusal_of(tmp_path / "none.json") == ": there is no such file; give a file of pairs"
-    assert refusal_of(tmp_path) == ": cannot be read (Is a directory)"
+    assert refusal_of(tmp_path / "none.json") == " does not exist; give a file of pairs"
+    assert refusal_of(tmp_path) == " cannot be read: Is a directory"
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"positive": "caf\xe9"}')
-    assert refusal_of(latin) == ": not UTF-8 at byte 17; save the file in UTF-8"
+    assert refusal_of(latin) == " is not UTF-8 at byte 17; save it in UTF-8"
 
 
 def test_keys_tell_texts_apart_and_never_change() -> None:
