@@ -1,4 +1,4 @@
-"""Paths from users and published files: what the system does not look at is one line with exit 2."""
+"""Paths from users and from published files: one that is not looked at is one line, exit 2."""
 
 from __future__ import annotations
 
