@@ -20,7 +20,7 @@ from ..kernels.gumbel import gumbel_reference
 from ..kernels.head_types import Noise
 from ..model.arguments import integer, number
 from ..parallel.head_reduce import HeadResult, SampleResult, mass_above, reduce_head
-from ..parallel.vocab import VocabHead
+from ..parallel.vocab import Head
 
 # Candidates among which a nucleus is looked for, and keys tried first where it is wider.
 NUCLEUS_CANDIDATES = 64
@@ -130,9 +130,7 @@ def draw(
     return tokens, is_wide if k < table.vocab_size else torch.zeros_like(is_wide)
 
 
-def draw_wide(
-    x: Tensor, head: VocabHead, table: SamplingTable, step: Tensor, slots: Tensor
-) -> Tensor:
+def draw_wide(x: Tensor, head: Head, table: SamplingTable, step: Tensor, slots: Tensor) -> Tensor:
     """Tokens [B] of normed rows x [B, d] whose nucleus is wider than the candidates.
 
     slots [B] int64: the rows' slots in `table`; step [B]. The host waits for results.

@@ -49,5 +49,6 @@ if TYPE_CHECKING:
     from .suggest import suggest as suggest
     from .trace import Trace as Trace
     from .trace_table import print_trace as print_trace
+    from .unembedding import Unembedding as Unembedding
 
 lazy_package(__name__)

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from .group import is_lost_contact as is_lost_contact
     from .head_reduce import HeadResult as HeadResult
     from .head_reduce import SampleResult as SampleResult
+    from .head_reduce import head_rows as head_rows
     from .head_reduce import reduce_head as reduce_head
     from .head_reduce import token_logits as token_logits
+    from .layouts import vocab_slice as vocab_slice
     from .linear import ColumnLinear as ColumnLinear
     from .linear import RowLinear as RowLinear
     from .loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
@@ -29,5 +31,6 @@ if TYPE_CHECKING:
     from .spans import split_vocab as split_vocab
     from .vocab import VocabEmbedding as VocabEmbedding
     from .vocab import VocabHead as VocabHead
+    from .vocab import VocabSlice as VocabSlice
 
 lazy_package(__name__)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
-from .group import TensorParallel
+from .group import Axes, TensorParallel
 
 MESSAGE_BYTES = 1024  # of an error that one rank reports to the others
 _NO_ERROR, _USERS_ERROR, _OTHER_ERROR = b"\0", b"\1", b"\2"
@@ -49,6 +49,21 @@ def all_gather(x: Tensor, parallel: TensorParallel) -> Tensor:
     dist.all_gather(list(gathered.unbind(0)), x, group=parallel.group)
     parallel.traffic.add("all_gather", x.numel() * x.element_size() * (parallel.size - 1))
     return gathered
+
+
+def gather_over(x: Tensor, axes: Axes) -> Tensor:
+    """`x` of every rank of the axes, stacked, ranks of the last axis fastest: [...] -> [p, ...]."""
+    stacked = x[None]
+    for axis in reversed(axes):
+        stacked = all_gather(stacked, axis).flatten(0, 1)
+    return stacked
+
+
+def reduce_over(x: Tensor, axes: Axes) -> Tensor:
+    """Sum of `x` over the ranks of the axes, the same on each. Not differentiable."""
+    for axis in axes:
+        x = all_reduce(x, axis)
+    return x
 
 
 def exchange(message: bytes, parallel: TensorParallel) -> list[bytes]:

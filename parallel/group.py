@@ -129,6 +129,11 @@ class TensorParallel:
         return replace(cls.from_group(), timeout_s=timeout_s)
 
 
+# The axes of a mesh over which something is split, parts in the order of ranks, those of the last
+# axis being neighbours. No axis at all stands for a single rank.
+Axes = tuple[TensorParallel, ...]
+
+
 def is_lost_contact(error: BaseException) -> bool:
     """Whether an error says that another rank is gone, or did not answer in time."""
     if not isinstance(error, RuntimeError):

@@ -25,10 +25,10 @@ from ..kernels.head_stats import head_stats
 from ..kernels.head_stats_reference import mass_above_reference
 from ..kernels.head_types import HeadStats, Noise, RowStats, SampleStats, Target
 from ..kernels.target_logits import target_logits
-from .collectives import all_gather, all_reduce
-from .group import TensorParallel
+from .collectives import gather_over, reduce_over
+from .group import Axes
 from .packing import Field, RowLayout
-from .vocab import VocabHead
+from .vocab import Head
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class HeadResult:
 @torch.no_grad()
 def reduce_head(
     x: Tensor,
-    head: VocabHead,
+    head: Head,
     *,
     k: int,
     scale: Tensor | None = None,
@@ -89,14 +89,14 @@ def reduce_head(
         rows_per_request=rows_per_request,
         noise=noise,
     )
-    slices = _gather(stats, head.parallel)
+    slices = _gather(stats, head.axes)
     samples = None if slices.samples is None else _merge_samples(slices.samples)
     return _merge_rows(slices.rows, target, rows_per_request, samples)
 
 
 @torch.no_grad()
 def mass_above(
-    x: Tensor, head: VocabHead, *, scale: Tensor, candidates: SampleResult, logsumexp: Tensor
+    x: Tensor, head: Head, *, scale: Tensor, candidates: SampleResult, logsumexp: Tensor
 ) -> Tensor:
     """Probability [B, n] of all ids that beat each candidate, under softmax(scale · z).
 
@@ -111,27 +111,41 @@ def mass_above(
         logsumexp=logsumexp,
         first_id=head.vocab.start,
     )
-    return all_reduce(mass, head.parallel)
+    return reduce_over(mass, head.axes)
 
 
 @torch.no_grad()
-def token_logits(x: Tensor, head: VocabHead, token_ids: Tensor) -> Tensor:
+def token_logits(x: Tensor, head: Head, token_ids: Tensor) -> Tensor:
     """Logits [R, n] float32 of n ids alone, the same on every rank: n products per row, not V.
 
     x [R, d] normed rows; token_ids [n] int64 inside the vocabulary.
     """
+    return reduce_over(x.float() @ local_rows(head, token_ids).float().T, head.axes)
+
+
+@torch.no_grad()
+def head_rows(head: Head, token_ids: Tensor) -> Tensor:
+    """Rows [n, d] of the unembedding for n ids inside the vocabulary, the same on every rank.
+
+    In the weight's dtype, and exact: each row is one rank's, and zero on the others.
+    """
+    return reduce_over(local_rows(head, token_ids), head.axes)
+
+
+def local_rows(head: Head, token_ids: Tensor) -> Tensor:
+    """The rows [n, d] that this rank holds of n ids, zero for ids of other ranks."""
     local = token_ids - head.vocab.start
     is_mine = (local >= 0) & (local < head.vocab.size)
-    # any row will do for another rank's ids; a rank without ids still has padding rows
-    weight = head.weight[local.where(is_mine, 0)].float()
-    return all_reduce((x.float() @ weight.T).where(is_mine, 0), head.parallel)
+    if head.vocab.size == 0:
+        return head.weight.new_zeros(len(token_ids), head.weight.shape[1])
+    return head.weight[local.where(is_mine, 0)].where(is_mine[:, None], 0)
 
 
-def _target(x: Tensor, head: VocabHead, target_ids: Tensor, scale: Tensor | None, k: int) -> Target:
+def _target(x: Tensor, head: Head, target_ids: Tensor, scale: Tensor | None, k: int) -> Target:
     # an id outside the vocabulary is no target: to refuse it, the host would have to wait
     target_ids = target_ids.where(target_ids < head.vocab.full, -1)
     local = target_logits(x, head.valid_weight, target_ids, first_id=head.vocab.start, k=k)
-    logits, slack = all_reduce(local, head.parallel).unbind(-1)
+    logits, slack = reduce_over(local, head.axes).unbind(-1)
     if scale is not None:
         logits, slack = logits * scale, slack * scale
     return Target(target_ids, logits.masked_fill(target_ids < 0, torch.inf), slack)
@@ -164,15 +178,15 @@ def _sample_layout(n: int) -> RowLayout:
     )
 
 
-def _gather(stats: HeadStats, parallel: TensorParallel) -> HeadStats:
+def _gather(stats: HeadStats, axes: Axes) -> HeadStats:
     """The statistics of every rank's slice, [p, R, ...] and [p, B, ...], in one exchange."""
     layout = _row_layout(stats.rows.logits.shape[1])
     packed = layout.pack(vars(stats.rows))
     if stats.samples is None:
-        return HeadStats(RowStats(**layout.unpack(all_gather(packed, parallel))))
+        return HeadStats(RowStats(**layout.unpack(gather_over(packed, axes))))
     sample_layout = _sample_layout(stats.samples.keys.shape[1])
     packed_samples = sample_layout.pack(vars(stats.samples))
-    flat = all_gather(torch.cat((packed.flatten(), packed_samples.flatten())), parallel)
+    flat = gather_over(torch.cat((packed.flatten(), packed_samples.flatten())), axes)
     rows, samples = flat.split((packed.numel(), packed_samples.numel()), -1)
     return HeadStats(
         RowStats(**layout.unpack(rows.unflatten(1, packed.shape))),

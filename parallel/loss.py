@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.launch import wide
-from .collectives import all_gather, all_reduce
-from .vocab import VocabHead
+from .collectives import gather_over, reduce_over
+from .vocab import Head
 
 REDUCTIONS = ("mean", "sum", "none")
 CHUNK_NUMBERS = 2**21  # 8 MiB of float32 logits at once
@@ -29,7 +29,7 @@ CHUNK_NUMBERS = 2**21  # 8 MiB of float32 logits at once
 
 def vocab_parallel_cross_entropy(
     hidden: Tensor,
-    head: VocabHead,
+    head: Head,
     targets: Tensor,
     *,
     ignore_index: int = -100,
@@ -65,9 +65,7 @@ def vocab_parallel_cross_entropy(
     return total if reduction == "sum" else total / (~ignored).sum()
 
 
-def _check(
-    hidden: Tensor, head: VocabHead, targets: Tensor, reduction: str, chunk_rows: int
-) -> None:
+def _check(hidden: Tensor, head: Head, targets: Tensor, reduction: str, chunk_rows: int) -> None:
     d = head.weight.shape[1]
     if hidden.shape != (*targets.shape, d):
         raise ValueError(
@@ -100,12 +98,12 @@ class _TokenLosses(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         is_valid: Tensor,
-        head: VocabHead,
+        head: Head,
         chunk_rows: int,
     ) -> Tensor:
         local_ids = targets - head.vocab.start
         statistics = _local_statistics(hidden, weight, local_ids, head.vocab.size, chunk_rows)
-        tops, sums, target_logits = all_gather(statistics, head.parallel).unbind(1)  # [p, R] each
+        tops, sums, target_logits = gather_over(statistics, head.axes).unbind(1)  # [p, R] each
         top, total = _merged(tops, sums)
         total = total.masked_fill(~is_valid, torch.nan)
         ctx.save_for_backward(hidden, weight, local_ids, top, total)
@@ -136,7 +134,7 @@ class _TokenLosses(torch.autograd.Function):
             if d_weight is not None and d_ids is not None:
                 d_weight[ids] = d_ids
         if d_hidden is not None:
-            d_hidden = all_reduce(d_hidden, ctx.head.parallel).to(hidden.dtype)
+            d_hidden = reduce_over(d_hidden, ctx.head.axes).to(hidden.dtype)
         return d_hidden, d_weight, None, None, None, None
 
 

@@ -6,12 +6,15 @@ of which the last ranks need fewer. Padding rows are never multiplied, so paddin
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
 from ..kernels.few_rows_linear import linear
 from .collectives import copy_to_ranks, reduce_from_ranks
-from .group import TensorParallel
+from .group import Axes, TensorParallel
 from .spans import Span
 
 
@@ -32,6 +35,39 @@ class VocabEmbedding(nn.Module):
         return reduce_from_ranks(rows, self.parallel)
 
 
+class Head(Protocol):
+    """A rank's rows of an unembedding W_U, and the ranks that hold the other rows."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[n or more, d]: the rows of ids `vocab.start:vocab.stop`, then padding."""
+
+    @property
+    def vocab(self) -> Span:
+        """The ids of the rows, among all."""
+
+    @property
+    def axes(self) -> Axes:
+        """The axes over which the vocabulary is split, that of the largest parts first."""
+
+    @property
+    def valid_weight(self) -> Tensor:
+        """[n, d], without padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class VocabSlice:
+    """A `Head` of rows that somebody else made; gradients flow to `weight`."""
+
+    weight: Tensor
+    vocab: Span
+    axes: Axes = ()
+
+    @property
+    def valid_weight(self) -> Tensor:
+        return self.weight[: self.vocab.size]
+
+
 class VocabHead(nn.Module):
     """This rank's rows of the unembedding W_U: normed states [..., d] -> logits [..., n].
 
@@ -47,6 +83,10 @@ class VocabHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return linear(copy_to_ranks(hidden, self.parallel), self.valid_weight)
+
+    @property
+    def axes(self) -> Axes:
+        return (self.parallel,)
 
     @property
     def valid_weight(self) -> Tensor:

@@ -57,9 +57,7 @@ def read_text(path: Path, what: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 at byte {error.start:,}; save it in UTF-8"
-        ) from None
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start:,}; save it in UTF-8") from None
 
 
 def _look_at(path: Path) -> None:

@@ -1,0 +1,57 @@
+"""The mesh axes along which ranks hold other texts, as FSDP2 has split a model over them.
+
+FSDP2 says it by its splits alone: while its parameters are sharded each is a DTensor, on a mesh
+whose first split axis is FSDP2's own, those of tensor parallelism coming after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+
+from ..model.arguments import all_of
+from ..parallel.layouts import axis_name
+
+
+def data_axes_of(
+    model: nn.Module | None, given: Sequence[str] | None
+) -> Callable[[Tensor], tuple[str, ...]]:
+    """A function of a head's weight that gives the names of its data axes, as it is at the time.
+
+    Raises ValueError where the parameters of a model under FSDP2 do not say it, at this moment.
+    """
+    if given is not None:
+        names = tuple(all_of(given, str, "data_axes", "names of mesh axes"))
+        return lambda weight: names
+    if model is None or not any(isinstance(each, FSDPModule) for each in model.modules()):
+        return lambda weight: ()
+    mesh, index = _fsdp_axis(model)
+    name = axis_name(mesh, index)
+
+    def data_axes(weight: Tensor) -> tuple[str, ...]:
+        # while a pass runs, the head may be whole along this axis
+        is_split = isinstance(weight, DTensor) and weight.device_mesh == mesh
+        return (name,) if is_split else ()
+
+    return data_axes
+
+
+def _fsdp_axis(model: nn.Module) -> tuple[DeviceMesh, int]:
+    parameters = list(model.parameters())
+    split = [each for each in parameters if isinstance(each, DTensor)]
+    widest = max(split, key=lambda each: each.device_mesh.ndim, default=None)
+    if widest is None or (widest.device_mesh.ndim == 1 and len(split) < len(parameters)):
+        raise ValueError(
+            "FSDP2 has gathered parameters of this model at the moment, so that its axis is not to "
+            "be seen: call model.reshard() first, or name data_axes"
+        )
+    axes = (
+        index
+        for index, placement in enumerate(widest.placements)
+        if not isinstance(placement, Replicate)
+    )
+    return widest.device_mesh, next(axes, 0)
