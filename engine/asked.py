@@ -41,7 +41,9 @@ def _add_lens(asked: Digest, lens: LensSpec, config: ModelConfig) -> None:
 
 def _add_edit(asked: Digest, steering: Steering, config: ModelConfig) -> None:
     taps = steering.taps(config.n_layers)
-    asked.add(steering.mode, steering.positions, taps, [steering.scale_at(tap) for tap in taps])
+    asked.add(
+        steering.mode, steering.positions, taps, [float(steering.scale_at(tap)) for tap in taps]
+    )
     if isinstance(steering.vector, Tensor):
         asked.add(steering.vector)
     else:

@@ -192,7 +192,11 @@ class EditTable:
         alternatives = torch.tensor([edit.alternative for edit in edits])
         cells = (torch.tensor(sites, dtype=torch.int64), alternatives)
         _write(self.row[..., slot], cells, [row_of[edit.content] for edit in edits])
-        _write(self.scale[..., slot], cells, [edit.steering.scale_at(edit.tap) for edit in edits])
+        _write(
+            self.scale[..., slot],
+            cells,
+            [float(edit.steering.scale_at(edit.tap)) for edit in edits],
+        )
         _write(self.mask[..., slot], cells, [first_mask + edit.number for edit in edits])
 
     def _put_vectors(

@@ -23,6 +23,7 @@ from .vectors import SteeringVectors
 
 POSITION_RULES = ("all", "prompt", "generated", "last_prompt", "label")
 DEFAULT_POINT = "resid_post"  # of a vector that comes without a point
+MOST_POSITIONS = 2**62  # larger numbers, which tensors cannot hold, are never reached
 Rule = str | int | Sequence[int]
 
 
@@ -34,7 +35,8 @@ class Steering:
     it; then "all" layers are those that have one, and the point may be left out where the vectors
     have but one. layers: as in `LensSpec`. point: "resid_post" for a lone vector without one.
     mode: one of kernels.edits.MODES. scale: multiplies the vector; with "clamp" it is the component
-    that the state gets along the vector. unit: what scale counts in, "vector" as given, or
+    that the state gets along the vector; a tensor that requires a gradient stays one, for
+    `steered`. unit: what scale counts in, "vector" as given, or
     "resid_norm": then a scale of 1 makes the change (with "clamp" the component) as long as the
     states at the tap are on average. positions: "all"; "prompt"; "generated", those whose output
     is a new token, so from the prompt's last on, as for a lens; "last_prompt", the prompt's last;
@@ -52,7 +54,7 @@ class Steering:
     layers: Layers = "all"
     point: str | None = None
     mode: str = "add"
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     positions: Rule = "all"
     unit: str = "vector"
 
@@ -62,7 +64,7 @@ class Steering:
         point = _default_point(self.vector) if self.point is None else self.point
         checked: dict[str, Any] = {
             "mode": choice(self.mode, "steering mode", MODES),
-            "scale": number(self.scale, "the steering scale"),
+            "scale": self._checked_scale(),
             "positions": _checked_positions(self.positions),
             "point": check_point(point),
         }
@@ -72,6 +74,13 @@ class Steering:
             object.__setattr__(self, name, value)  # frozen, but still being constructed
         self._check_unit()
         self._check_vector()
+
+    def _checked_scale(self) -> float | Tensor:
+        if isinstance(self.scale, Tensor) and self.scale.requires_grad:
+            if self.scale.numel() != 1 or not self.scale.isfinite():
+                raise ValueError("a steering scale that is trained is one finite number")
+            return self.scale
+        return number(self.scale, "the steering scale")
 
     def _check_unit(self) -> None:
         check_unit(self.unit)
@@ -121,7 +130,7 @@ class Steering:
         """[d]: the vector at one of `taps`."""
         return self.vector if isinstance(self.vector, Tensor) else self.vector.at(tap)
 
-    def scale_at(self, tap: Tap) -> float:
+    def scale_at(self, tap: Tap) -> float | Tensor:
         """The scale at one of `taps`, in the unit that kernels.edits counts in."""
         if isinstance(self.vector, Tensor) or self.unit == "vector":
             return self.scale
@@ -131,12 +140,16 @@ class Steering:
 
     def mask(self, prompt_length: int, capacity: int) -> Tensor:
         """[capacity] bool: the positions that are edited."""
-        position = torch.arange(capacity)
+        return self.reaches(torch.arange(capacity), prompt_length)
+
+    def reaches(self, position: Tensor, prompt_length: int) -> Tensor:
+        """Whether each of absolute positions [...] int64 is edited."""
         if isinstance(self.positions, int):
-            return position >= min(self.positions, capacity)
+            return position >= min(self.positions, MOST_POSITIONS)
         if not isinstance(self.positions, str):
-            within = [each for each in self.positions if each < capacity]
-            return torch.isin(position, torch.tensor(within, dtype=torch.int64))
+            within = [each for each in self.positions if each < MOST_POSITIONS]
+            listed = torch.tensor(within, dtype=torch.int64, device=position.device)
+            return torch.isin(position, listed)
         return {
             "all": position >= 0,
             "prompt": position < prompt_length,

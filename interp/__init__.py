@@ -45,10 +45,13 @@ if TYPE_CHECKING:
     from .steerability import Sweep as Sweep
     from .steerability import steerability as steerability
     from .steerability import steerability_encoded as steerability_encoded
+    from .steered import steered as steered
     from .suggest import Suggestion as Suggestion
     from .suggest import suggest as suggest
     from .trace import Trace as Trace
     from .trace_table import print_trace as print_trace
     from .unembedding import Unembedding as Unembedding
+    from .watch import Watch as Watch
+    from .watch import watch as watch
 
 lazy_package(__name__)

@@ -6,11 +6,13 @@ torch.compile, activation checkpointing, PEFT) are looked through; FSDP2 wraps n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from ..model.arguments import choices
+from ..model.points import POINTS, Layers, Tap, parse_layers
 from ..model.transformer import Transformer
 
 # The names under which wrappers keep what they wrap.
@@ -22,6 +24,7 @@ class Names:
     """The attributes of one library's decoders, with the classes whose arithmetic is known."""
 
     library: str
+    trunk: str  # the module whose pass runs the blocks; "" is the model itself
     blocks: str
     norm: str
     head: str
@@ -36,6 +39,7 @@ class Names:
 LIBRARIES = (
     Names(
         library="transformers",
+        trunk="model",
         blocks="model.layers",
         norm="model.norm",
         head="lm_head",
@@ -53,6 +57,7 @@ LIBRARIES = (
     ),
     Names(
         library="torchtitan",
+        trunk="",
         blocks="layers",
         norm="norm",
         head="lm_head",
@@ -65,6 +70,7 @@ LIBRARIES = (
     ),
     Names(
         library="shardlens",
+        trunk="",
         blocks="blocks",
         norm="norm",
         head="head",
@@ -111,6 +117,36 @@ class Decoder:
             f"{type(model).__name__} is no decoder that is known here, whose blocks are one of: "
             f"{known}"
         )
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The module whose pass runs the blocks."""
+        return (
+            (find(self.model, self.names.trunk) or self.model) if self.names.trunk else self.model
+        )
+
+    @property
+    def n_layers(self) -> int:
+        """How many blocks the whole model has, of which a stage of a pipeline has some."""
+        config = getattr(self.model, "config", None)
+        for name in ("num_hidden_layers", "n_layers"):
+            if isinstance(getattr(config, name, None), int):
+                return int(getattr(config, name))
+        layers = getattr(config, "layers", None)
+        return len(layers) if isinstance(layers, list) else max(self.blocks) + 1
+
+    def taps(self, points: str | Sequence[str], layers: Layers) -> tuple[Tap, ...]:
+        """Points of layers, by layer; "all" layers are those that this stage has.
+
+        Raises ValueError for a point or a layer that does not exist, or is not on this stage.
+        """
+        named = choices(points, "points", POINTS)
+        everything = isinstance(layers, str) and layers == "all"
+        found = sorted(self.blocks) if everything else parse_layers(layers, self.n_layers)
+        for layer in found:
+            if layer not in self.blocks:
+                raise ValueError(f"layer {layer} is on another stage of the pipeline")
+        return tuple(Tap(layer, point) for layer in found for point in POINTS if point in named)
 
     @property
     def is_ours(self) -> bool:
