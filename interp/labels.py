@@ -20,6 +20,9 @@ from ..tokenizer.tokenizer import Tokenizer
 
 # what `Tokenizer.chat` decides itself
 RESERVED = frozenset({"messages", "add_generation_prompt", "special"})
+DEFAULT_PREFIX = "\nAnswer:"
+# beside brackets and the quotation marks of other scripts, what an answer may be wrapped in
+OPENING_MARKS = "\"'`*"
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,16 @@ class PromptForm:
 
     chat: the question is a user's message in the model's chat template, after the `system` message
     if there is one, and the answer begins the reply. If not, the answer follows the question and
-    `answer_prefix`. Texts without a question are taken as they are in both. template: what else the
+    `answer_prefix`, or as much of that as the question does not end with. Texts without a question
+    are taken as they are in both. answer_prefix: by default a line "Answer:", with a space after it
+    where an answer begins with none; one that is given is taken as it is. template: what else the
     chat template reads, such as {"enable_thinking": False}. plain: names of special tokens are
     plain text, not tokens, as they always are in a chat. Raises ValueError for a system message or
-    template variables without chat.
+    template variables without chat, and for an answer prefix in one.
     """
 
     chat: bool = False
-    answer_prefix: str = "\nAnswer:"
+    answer_prefix: str | None = None
     system: str | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
     plain: bool = False
@@ -43,11 +48,14 @@ class PromptForm:
     def __post_init__(self) -> None:
         arguments.flag(self.chat, "chat")
         arguments.flag(self.plain, "plain")
-        arguments.text(self.answer_prefix, "answer_prefix")
+        if self.answer_prefix is not None:
+            arguments.text(self.answer_prefix, "answer_prefix")
         if self.system is not None:
             arguments.text(self.system, "system")
         template = arguments.optional(self.template, Mapping, "template", "a mapping of values")
         object.__setattr__(self, "template", template or {})  # frozen, but being constructed
+        if self.answer_prefix is not None and self.chat:
+            raise ValueError("an answer prefix is for the form without chat: a reply begins alone")
         if self.system is not None and not self.chat:
             raise ValueError("a system message needs the chat form; put it into the question")
         if self.template and not self.chat:
@@ -126,14 +134,49 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _joined(question: str, answer: str, prefix: str) -> tuple[str, int]:
+def _joined(question: str, answer: str, prefix: str | None) -> tuple[str, int]:
     """The whole text, and where the answer begins in it, white space aside."""
-    ending = prefix.strip()
-    has_prefix = bool(ending) and question.rstrip().endswith(ending)
-    before = question if has_prefix else question + prefix
+    before = _with_prefix(question, DEFAULT_PREFIX if prefix is None else prefix)
     bare = answer.lstrip()
-    space = "" if before[-1:].isspace() else answer[: len(answer) - len(bare)] or " "
+    space = answer[: len(answer) - len(bare)]
+    if before[-1:].isspace() or _is_opening(before[-1:]):
+        space = ""
+    elif not space and prefix is None and before.endswith(":"):
+        space = " "
     return before + space + bare, len(before + space)
+
+
+def _with_prefix(question: str, prefix: str) -> str:
+    """The question, and after it as much of the prefix as it does not end with already."""
+    words, opened = _split_opening(prefix.lstrip())
+    asked, tail = _split_opening(question)
+    if not words:
+        is_there = bool(opened.strip()) and question.rstrip().endswith(opened.rstrip())
+        return question if is_there else question + prefix
+    # its full-width form is the same prefix
+    if not unicodedata.normalize("NFKC", asked).endswith(unicodedata.normalize("NFKC", words)):
+        return question + prefix
+    has_end = bool(tail) and (bool(tail.strip()) or not opened.strip())
+    return question if has_end else asked + opened
+
+
+def _split_opening(text: str) -> tuple[str, str]:
+    """`text` in two before the white space, brackets and quotation marks that it ends with."""
+    end = len(text)
+    while end and _may_open(text[end - 1]):
+        end -= 1
+    return text[:end], text[end:]
+
+
+def _may_open(character: str) -> bool:
+    # quotation marks of category Pf close in some languages, and open in others
+    is_mark = character in OPENING_MARKS or unicodedata.category(character) == "Pf"
+    return character.isspace() or is_mark or _is_opening(character)
+
+
+def _is_opening(character: str) -> bool:
+    """Whether a character is an opening bracket or quotation mark of any script."""
+    return bool(character) and unicodedata.category(character) in ("Ps", "Pi")
 
 
 def label_of(answer: str) -> Span:

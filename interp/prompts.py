@@ -61,7 +61,8 @@ def encode_pair(
     """The ids of both sides of `pair`, written as `form` says.
 
     Without chat the whole text is encoded at once, so that no token is cut where the answer
-    begins; one space is put there where neither side has white space. In a chat the answer is
+    begins; white space of an answer that follows white space or an opening bracket is left out. In
+    a chat the answer is
     encoded by itself after the template's text, without the white space it begins with.
 
     Raises ValueError when the two sides have the same tokens, when the tokenizer changes the text

@@ -138,10 +138,10 @@ def form_of(arguments: argparse.Namespace) -> PromptForm:
     template = dict(arguments.template)
     if len(template) < len(arguments.template):
         raise ValueError("--template gives a variable twice: give each once")
-    prefix = getattr(arguments, "answer_prefix", PromptForm().answer_prefix)
+    prefix = getattr(arguments, "answer_prefix", None)
     return PromptForm(
         chat=arguments.chat,
-        answer_prefix=_with_line_breaks(prefix),
+        answer_prefix=None if prefix is None else _with_line_breaks(prefix),
         system=arguments.system,
         template=template,
         plain=arguments.plain,

@@ -8,7 +8,6 @@ from pathlib import Path
 from .engine.steering import DEFAULT_POINT
 from .interp.directions import METHODS
 from .interp.extract import AT, Extraction
-from .interp.labels import PromptForm
 from .model.points import POINTS, Layers
 from .options import add_form_arguments
 
@@ -24,9 +23,9 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     add_form_arguments(parser, "questions are a user's chat messages")
     parser.add_argument(
         "--answer-prefix",
-        default=PromptForm().answer_prefix,
         metavar="TEXT",
-        help="text between question and answer outside a chat (default: a line 'Answer:')",
+        help="text between question and answer outside a chat, taken as it is (default: a line "
+        "'Answer:' and a space)",
     )
 
 

@@ -174,7 +174,7 @@ TAKEN = {
     "Extraction layers": ["all", -1],
     "Extraction contrast": [None],
     "PromptForm chat": [True, False],
-    "PromptForm answer_prefix": ["", "nonsense", "all"],
+    "PromptForm answer_prefix": [None, "", "nonsense", "all"],
     "PromptForm system": [None, "", "nonsense", "all"],
     "PromptForm template": [{}, {"a": 1}, None],
     "Pair question": ["", "nonsense", "all"],

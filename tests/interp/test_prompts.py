@@ -266,20 +266,20 @@ def test_an_answer_that_goes_on_after_its_label(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     ("question", "prefix", "answer", "text"),
     [
-        ("Q?", "\nAnswer:", "(A)", "Q?\nAnswer: (A)"),
-        ("Q?", "\nAnswer:", " (A)", "Q?\nAnswer: (A)"),
-        ("Q?", "\nAnswer:", "\n(A)", "Q?\nAnswer:\n(A)"),
-        ("Q?\nAnswer:", "\nAnswer:", "(A)", "Q?\nAnswer: (A)"),
-        ("Q?\n\nAnswer: ", "\nAnswer:", " (A)", "Q?\n\nAnswer: (A)"),
+        ("Q?", None, "(A)", "Q?\nAnswer: (A)"),
+        ("Q?", None, " (A)", "Q?\nAnswer: (A)"),
+        ("Q?", None, "\n(A)", "Q?\nAnswer:\n(A)"),
+        ("Q?\nAnswer:", None, "(A)", "Q?\nAnswer: (A)"),
+        ("Q?\n\nAnswer: ", None, " (A)", "Q?\n\nAnswer: (A)"),
         ("Q?", "\nAnswer: ", "(A)", "Q?\nAnswer: (A)"),
         ("Q?", "\nAnswer: ", " (A)", "Q?\nAnswer: (A)"),
         ("Q?", "\n", "(A)", "Q?\n(A)"),
-        ("Q?", "", "(A)", "Q? (A)"),
-        ("Answer: what?", "\nAnswer:", "(A)", "Answer: what?\nAnswer: (A)"),
+        ("Q?", "", " (A)", "Q? (A)"),
+        ("Answer: what?", None, "(A)", "Answer: what?\nAnswer: (A)"),
     ],
 )
 def test_one_border_however_it_is_written(
-    question: str, prefix: str, answer: str, text: str, shared_data: Path
+    question: str, prefix: str | None, answer: str, text: str, shared_data: Path
 ) -> None:
     """No trailing space: a prompt that ends in one is cut where no model was trained to."""
     form = PromptForm(answer_prefix=prefix)
