@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,10 @@ import numpy as np
 from ..engine.files import write_json
 from ..engine.vector_checks import UNITS
 from ..model.points import Tap
+from .intervals import Floats, doubts
 from .propensity import PROTOCOLS
 from .report_png import CurvePlot, MapPlot, check_picture, write_png
 from .slopes import (
-    Floats,
     Interval,
     Slope,
     difference_each,
@@ -36,8 +37,8 @@ class SteerabilityReport:
     """P taps, each steered alone with the vector made for it, on N items at K multipliers.
 
     A propensity is how much the model prefers the answer that matches the behaviour to the other
-    one, in nats (see `protocol`). Doubts that `checks` raises are added to `warnings`. Raises
-    ValueError where the parts do not fit together.
+    one, in nats (see `protocol`). Doubts that `checks` raises, and those about few items, are added
+    to `warnings`. Raises ValueError where the parts do not fit together.
     """
 
     protocol: str  # one of PROTOCOLS
@@ -64,8 +65,8 @@ class SteerabilityReport:
         if self.accessibility is not None:
             self.accessibility = [float(value) for value in self.accessibility]
         self._check_parts()
-        doubts = checks(self.balance, self.baseline_accuracy)
-        new = [doubt for doubt in doubts if doubt not in self.warnings]
+        found = [*checks(self.balance, self.baseline_accuracy), *doubts(self.n_items)]
+        new = [doubt for doubt in found if doubt not in self.warnings]
         self.warnings = [*self.warnings, *new]
 
     def _check_parts(self) -> None:
@@ -173,7 +174,10 @@ class SteerabilityReport:
         return spearman(accessibility, [self.slopes[index].mean for index in same])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and finite numbers, for JSON; propensities are rounded to 1e-6 nats."""
+        """Plain lists and finite numbers, for JSON; propensities are rounded to 1e-6 nats.
+
+        None stands for the interval and the standard deviation of one item.
+        """
         rank = self.suggestion_rank()
         return {
             "protocol": self.protocol,
@@ -199,9 +203,9 @@ class SteerabilityReport:
         mean, low, high = self.differences[index]
         return {
             **self.taps[index]._asdict(),
-            "slope": dataclasses.asdict(self.slopes[index]),
-            "control_slope": dataclasses.asdict(self.control_slopes[index]),
-            "difference": {"mean": mean, "low": low, "high": high},
+            "slope": _without_nan(dataclasses.asdict(self.slopes[index])),
+            "control_slope": _without_nan(dataclasses.asdict(self.control_slopes[index])),
+            "difference": _without_nan({"mean": mean, "low": low, "high": high}),
             "mean_curve": self.curves[index].tolist(),
             "control_mean_curve": self.control_curves[index].tolist(),
             "example_slopes": self.example_slopes[index].tolist(),
@@ -227,7 +231,7 @@ class SteerabilityReport:
         tap, slope = self.taps[best], self.slopes[best]
         return CurvePlot(
             title=f"layer {tap.layer} {tap.point}: slope {slope.mean:+.3f} "
-            f"(95% {slope.low:+.3f} to {slope.high:+.3f})",
+            + ("" if math.isnan(slope.low) else f"(95% {slope.low:+.3f} to {slope.high:+.3f})"),
             multipliers=np.asarray(self.multipliers),
             items=self.propensities[best],
             mean=self.curves[best],
@@ -248,6 +252,10 @@ class SteerabilityReport:
             best_row=indices.index(self.best),
             suggested_row=shown.index(self.suggested) if self.suggested in shown else None,
         )
+
+
+def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(number) else number for name, number in numbers.items()}
 
 
 def check_format(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +44,7 @@ def slopes_table(report: SteerabilityReport) -> Table:
             tap.point,
             f"{slope.mean:+.3f}",
             _span(slope.low, slope.high),
-            f"{slope.std:.3f}",
+            _std(slope),
             f"{slope.negative_share:.0%}",
             f"{slope.spearman:+.2f}",
             f"{slope.r_squared:.2f}",
@@ -111,7 +113,7 @@ def _strength(report: SteerabilityReport) -> list[str]:
     where = f"best of {len(report.taps)} taps" if len(report.taps) > 1 else "steered"
     return [
         f"{where}: {name}, slope {_with_interval(_interval(slope))}; "
-        f"standard deviation {slope.std:.3f}, {slope.negative_share:.0%} of the items negative, "
+        f"standard deviation {_std(slope)}, {slope.negative_share:.0%} of the items negative, "
         f"Spearman {slope.spearman:+.2f}, R² {slope.r_squared:.2f}",
         f"random vectors of equal norm there: slope {_with_interval(_interval(control))}; "
         f"the vector's is larger by {_with_interval(report.differences[report.best])}",
@@ -165,8 +167,12 @@ def _interval(slope: Slope) -> Interval:
     return slope.mean, slope.low, slope.high
 
 
+def _std(slope: Slope) -> str:
+    return "-" if math.isnan(slope.std) else f"{slope.std:.3f}"
+
+
 def _span(low: float, high: float) -> str:
-    return f"{low:+.3f} to {high:+.3f}"
+    return "-" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}"
 
 
 def _with_interval(interval: Interval) -> str:

@@ -15,19 +15,17 @@ the mean curve: one number serves both, and only the statistics of its spread di
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats = NDArray[np.float64]
-Interval = tuple[float, float, float]  # mean, low, high
+from .intervals import Floats, mean_intervals
+
+Interval = tuple[float, float, float]  # mean, low, high; the last two are NaN for one example
 
 MULTIPLIERS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
-RESAMPLES = 10_000
-QUANTILES = (0.025, 0.975)  # a 95% interval
-# Draws held in memory at once: 8 MiB, unless there are more examples than that.
-DRAWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class Slope:
     """Steerability of one vector at one tap. Slopes are in propensity per multiplier."""
 
     mean: float  # of the examples' slopes; also the slope of the mean curve
-    std: float  # of the examples' slopes (ddof = 1); 0 for one example
-    low: float  # 95% bootstrap interval of the mean
+    std: float  # of the examples' slopes (ddof = 1); NaN for one example
+    low: float  # 95% interval of the mean: see intervals.py; NaN for one example
     high: float
     negative_share: float  # share of examples with a slope below 0: anti-steerable
     spearman: float  # of the mean curve and the multipliers; 0 where the curve is constant
@@ -71,8 +69,8 @@ def mean_curve_fit(propensities: ArrayLike, multipliers: ArrayLike) -> tuple[flo
 def summarize(propensities: ArrayLike, multipliers: ArrayLike, *, seed: int = 0) -> Slope:
     """All statistics of one vector's slopes, from `propensities` [N, K] and `multipliers` [K].
 
-    `low` and `high` are percentiles of the mean over RESAMPLES draws of N examples with
-    replacement, the same draws for the same `seed`. Raises ValueError as `example_slopes` does.
+    seed: of the resamples that intervals of many examples are from. Raises ValueError as
+    `example_slopes` does.
     """
     values, steps = _checked(propensities, multipliers, 2)
     return summarize_each(values[None], steps, seed=seed)[0]
@@ -90,11 +88,11 @@ def summarize_each(
     n_examples = slopes.shape[1]
     curves = values.mean(axis=1)  # [P, K]
     summaries = []
-    for each, curve, (low, high) in zip(slopes, curves, _intervals(slopes, seed), strict=True):
+    for each, curve, (low, high) in zip(slopes, curves, mean_intervals(slopes, seed), strict=True):
         summaries.append(
             Slope(
                 mean=float(each.mean()),
-                std=float(each.std(ddof=1)) if n_examples > 1 else 0.0,
+                std=float(each.std(ddof=1)) if n_examples > 1 else math.nan,
                 low=float(low),
                 high=float(high),
                 negative_share=float((each < 0).mean()),
@@ -133,7 +131,7 @@ def difference_each(
     gains = _slopes(values, steps) - _slopes(others, steps)  # [P, N]
     return [
         (float(gain.mean()), float(low), float(high))
-        for gain, (low, high) in zip(gains, _intervals(gains, seed), strict=True)
+        for gain, (low, high) in zip(gains, mean_intervals(gains, seed), strict=True)
     ]
 
 
@@ -178,26 +176,6 @@ def _r_squared(curve: Floats, multipliers: Floats) -> float:
     around, steps = curve - curve.mean(), multipliers - multipliers.mean()
     along = float(_slopes(curve, multipliers)) ** 2 * float(steps @ steps)
     return min(1.0, along / float(around @ around))
-
-
-def _intervals(values: Floats, seed: int) -> Floats:
-    """Bootstrap intervals [S, 2] of the means of S rows of values [S, N], by percentiles.
-
-    A resample is kept as how often it draws each value, so that one product serves all rows.
-    """
-    n_rows, n_values = values.shape
-    generator = np.random.default_rng(seed)
-    centres = values.mean(axis=1, keepdims=True)
-    moved = np.empty((n_rows, RESAMPLES))
-    block = max(1, DRAWS // n_values)
-    for start in range(0, RESAMPLES, block):
-        n_draws = min(block, RESAMPLES - start)
-        drawn = generator.integers(n_values, size=(n_draws, n_values))
-        drawn += n_values * np.arange(n_draws)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=n_draws * n_values)
-        weights = counts.reshape(n_draws, n_values).astype(np.float64) / n_values
-        moved[:, start : start + n_draws] = (values - centres) @ weights.T
-    return np.asarray(centres + np.quantile(moved, QUANTILES, axis=1).T)
 
 
 def _checked(propensities: ArrayLike, multipliers: ArrayLike, n_dims: int) -> tuple[Floats, Floats]:

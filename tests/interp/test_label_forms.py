@@ -31,10 +31,10 @@ def assert_writes(tokenizer: Tokenizer, pair: Pair, form: PromptForm, text: str)
     [
         ("\nAnswer: (", "A)", "Q?\nAnswer: (A)"),
         ("\nAnswer: (", " A)", "Q?\nAnswer: (A)"),
-        ("\n答案：", "A", "Q?\n答案：A"),
-        ("\n答案：", " A", "Q?\n答案： A"),
-        ("\n答案：「", "A」", "Q?\n答案：「A」"),
-        ("\n答案：（", "A）", "Q?\n答案：（A）"),
+        ("\n答案\uff1a", "A", "Q?\n答案\uff1aA"),
+        ("\n答案\uff1a", " A", "Q?\n答案\uff1a A"),
+        ("\n答案\uff1a「", "A」", "Q?\n答案\uff1a「A」"),
+        ("\n答案\uff1a\uff08", "A\uff09", "Q?\n答案\uff1a\uff08A\uff09"),
         ("\nRéponse : «", "A»", "Q?\nRéponse : «A»"),
         ("\nAntwort: „", "A“", "Q?\nAntwort: „A“"),
         ("\nAnswer: [", "A]", "Q?\nAnswer: [A]"),
@@ -65,15 +65,15 @@ def test_a_given_prefix_is_taken_as_it_is(
         ("Q?\nAnswer: **", None, "A**", "Q?\nAnswer: **A**"),
         ('Q?\nAnswer: "', None, 'A"', 'Q?\nAnswer: "A"'),
         ("Q?\nAnswer: »", None, "A«", "Q?\nAnswer: »A«"),
-        ("Q?\nAnswer：", None, "A", "Q?\nAnswer：A"),
-        ("Q?\nAnswer：（", None, "A）", "Q?\nAnswer：（A）"),
+        ("Q?\nAnswer\uff1a", None, "A", "Q?\nAnswer\uff1aA"),
+        ("Q?\nAnswer\uff1a\uff08", None, "A\uff09", "Q?\nAnswer\uff1a\uff08A\uff09"),
         ("Q?\nAnswer:", "\nAnswer: (", "A)", "Q?\nAnswer: (A)"),
         ("Q?\nAnswer: ", "\nAnswer: (", "A)", "Q?\nAnswer: (A)"),
         ("Q?\nAnswer: [", "\nAnswer: (", "A]", "Q?\nAnswer: [A]"),
         ("Q?\nAnswer: (", "\nAnswer: (", "A)", "Q?\nAnswer: (A)"),
         ("Q?\nAnswer:", "\nAnswer: ", "A", "Q?\nAnswer: A"),
-        ("Q?\n答案：", "\n答案：", "A", "Q?\n答案：A"),
-        ("Q?\n答案：「", "\n答案：", "A」", "Q?\n答案：「A」"),
+        ("Q?\n答案\uff1a", "\n答案\uff1a", "A", "Q?\n答案\uff1aA"),
+        ("Q?\n答案\uff1a「", "\n答案\uff1a", "A」", "Q?\n答案\uff1a「A」"),
         ("Q? (", "(", "A)", "Q? (A)"),
         ("Q? (x)\nAnswer: ()", None, "A", "Q? (x)\nAnswer: ()\nAnswer: A"),
         ("Q? Answer: now", None, "A", "Q? Answer: now\nAnswer: A"),
@@ -89,6 +89,6 @@ def test_a_prefix_is_never_doubled(
         assert_writes(tokenizer, pair, PromptForm(answer_prefix=prefix), text)
 
 
-def test_a_prefix_has_no_place_in_a_chat() -> None:
+def test_a_chat_has_no_prefix() -> None:
     with pytest.raises(ValueError, match="an answer prefix is for the form without chat"):
         PromptForm(chat=True, answer_prefix="(")

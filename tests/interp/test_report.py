@@ -100,7 +100,8 @@ def test_numbers_are_those_of_the_propensities() -> None:
 
 
 def test_seed_is_that_of_the_bootstrap() -> None:
-    report, other = made_up(), made_up(seed=1)
+    many = np.tile(made_up().propensities, (1, 3, 1))
+    report, other = (made_up(propensities=many, control=many, seed=seed) for seed in (0, 1))
     assert other.slopes[0].mean == report.slopes[0].mean
     assert other.slopes[0].low != report.slopes[0].low
     assert other.slopes[0].low == pytest.approx(
@@ -186,7 +187,19 @@ def test_doubtful_items_are_warned_of(changes: dict[str, Any], words: str) -> No
     assert dataclasses.replace(report).warnings == report.warnings
 
 
+@pytest.mark.parametrize("n", [2, 9])
+def test_few_items_are_warned_of(n: int) -> None:
+    few = made_up().control[:, :n]
+    (warning,) = made_up(propensities=few, control=few).warnings
+    assert warning == (
+        f"there are {n} items, and their intervals are right only if slopes of items are about "
+        "gaussian: measure on 10 or more"
+    )
+
+
 def test_sound_items_are_not_warned_of() -> None:
+    ten = made_up().control[:, :10]
+    assert made_up(propensities=ten, control=ten).warnings == []
     for changes in (dict(balance=0.4), dict(balance=0.6), dict(balance=None)):
         assert made_up(**changes).warnings == []
     assert made_up(baseline_accuracy=0.95).warnings == []
@@ -242,15 +255,20 @@ def test_summary_is_in_words() -> None:
 
 
 def test_the_smallest_report_is_shown() -> None:
-    """Propensity 4 at multiplier 1 and 1 at -0.5: slope 2, and no spread to speak of."""
+    """Propensity 4 at multiplier 1 and 1 at -0.5: slope 2, and neither spread nor interval."""
     report = smallest()
+    assert report.warnings == ["there is 1 item, and no interval: measure on 10 or more"]
+    (tap,) = report.to_dict()["taps"]
+    for part in (tap["slope"], tap["control_slope"], tap["difference"]):
+        assert part["low"] is part["high"] is None and part["mean"] is not None
+    assert tap["slope"]["std"] is None
     assert shown(curve_table(report, 0)).splitlines()[-2].split() == ["1", "+4.000", "+2.500"]
     row = shown(slopes_table(report)).splitlines()[-1].split()
-    assert row[:7] == ["*", "0", "resid_post", "+2.000", "+2.000", "to", "+2.000"]
+    assert row == ["*", "0", "resid_post", "+2.000", "-", "-", "0%", "+1.00", "1.00", "+0.000", "-"]
     # no multiplier is 0: the one nearest is -0.5
     assert shown(layer_map(report)).splitlines()[-1].split()[2:] == ["+3.00", "+0.00"]
     text = "\n".join(summary_lines(report))
-    assert "1 item;" in text and "slope +2.000 (95% interval +2.000 to +2.000)" in text
+    assert "1 item;" in text and "slope +2.000 (95% interval -); standard deviation -" in text
     assert "listed first" not in text and "suggested" not in text
 
 

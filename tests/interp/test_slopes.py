@@ -1,12 +1,12 @@
-"""Slopes, fits, rank correlations and bootstrap intervals against numpy and scipy."""
+"""Slopes, fits and rank correlations against numpy and scipy."""
 
 from __future__ import annotations
 
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import stats
 from tolerances import FLOAT64
 
@@ -20,8 +20,8 @@ from shardlens.interp import (
     summarize,
     summarize_each,
 )
-from shardlens.interp.slopes import RESAMPLES, Floats
 
+Floats = NDArray[np.float64]
 UNEVEN = (-2.0, -0.3, 0.1, 0.1, 5.0)
 
 
@@ -63,34 +63,6 @@ def test_summary_is_its_parts() -> None:
     assert found.negative_share == np.mean(slopes < 0)
     assert found.spearman == pytest.approx(stats.spearmanr(MULTIPLIERS, curve)[0], abs=FLOAT64)
     assert found.r_squared == pytest.approx(mean_curve_fit(values, MULTIPLIERS)[2], abs=FLOAT64)
-
-
-@pytest.mark.parametrize("n", [8, 60])
-def test_interval_is_about_that_of_scipy(n: int) -> None:
-    """Another seed's draws move an end of an interval by a few hundredths of its width."""
-    values = made_up(3, n)
-    found = summarize(values, MULTIPLIERS)
-    slopes = example_slopes(values, MULTIPLIERS)
-    other = stats.bootstrap(
-        (slopes,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(9)
-    ).confidence_interval
-    near = 0.05 * (other.high - other.low)
-    assert found.low == pytest.approx(other.low, abs=near)
-    assert found.high == pytest.approx(other.high, abs=near)
-    assert found == summarize(values, MULTIPLIERS, seed=0)
-    assert found.low != summarize(values, MULTIPLIERS, seed=1).low
-
-
-def test_interval_covers_the_true_mean() -> None:
-    """300 samples of 40 examples, whose slopes are gaussian around 0.7."""
-    generator = np.random.default_rng(4)
-    slopes = generator.normal(0.7, 0.5, (300, 40, 1))
-    found = summarize_each(slopes * np.array(MULTIPLIERS), MULTIPLIERS)
-    covered = np.mean([slope.low <= 0.7 <= slope.high for slope in found])
-    assert 0.90 <= covered <= 0.99
-    # and is no wider than it must be: 2 · 1.96 standard errors
-    widths = [slope.high - slope.low for slope in found]
-    assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), rel=0.05)
 
 
 def test_several_vectors_are_summarized_as_alone() -> None:
@@ -145,20 +117,10 @@ def test_flat_curves_have_no_direction() -> None:
 
 def test_one_example_has_no_spread() -> None:
     found = summarize([[-1.0, 3.0]], [-1, 1])
-    assert (found.mean, found.low, found.high, found.std) == (2, 2, 2, 0)
+    assert found.mean == 2
+    assert all(math.isnan(value) for value in (found.low, found.high, found.std))
     assert (found.spearman, found.r_squared, found.n_examples) == (1, 1, 1)
     assert summarize([[3.0, -1.0]], [-1, 1]).negative_share == 1
-
-
-def test_resampling_many_examples_takes_bounded_memory() -> None:
-    """All draws together would take 400 MB."""
-    values = made_up(10, 5_000, (0.0, 1.0))
-    tracemalloc.start()
-    found = summarize(values, (0.0, 1.0))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 100e6
-    assert found.low < found.mean < found.high
 
 
 @pytest.mark.parametrize(
