@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..model.arguments import all_of, integer, integers, is_integer, optional
 from ..model.config import ModelConfig
+from ..model.summary import one_line
 from .edit_table import RequestEdits
 from .lens_rows import LensRecord
 from .lens_spec import LensSpec
@@ -49,6 +50,8 @@ class Request:
     stop_ids: Collection[int] | None = None
     stop: str | Sequence[str] | None = ()
     ends: Ends | None = None
+
+    __repr__ = one_line
 
     def __post_init__(self) -> None:
         what = "a Steering or a list of them"

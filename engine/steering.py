@@ -18,6 +18,7 @@ from ..model.arguments import choice, integers, is_integer, number
 from ..model.config import ModelConfig
 from ..model.fields import shown
 from ..model.points import Layers, Tap, check_point, parse_layers
+from ..model.summary import one_line
 from .vector_checks import check_direction, check_unit, check_width
 from .vectors import SteeringVectors
 
@@ -57,6 +58,8 @@ class Steering:
     scale: float | Tensor = 1.0
     positions: Rule = "all"
     unit: str = "vector"
+
+    __repr__ = one_line
 
     def __post_init__(self) -> None:
         if not isinstance(self.vector, Tensor | SteeringVectors):

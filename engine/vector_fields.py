@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..model.points import Tap
+from ..model.summary import one_line
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Origin:
     positions: str = ""  # whose states they were made from: "label", "last", "mean", "contrast"
     n_pairs: int = 0
     pair_keys: tuple[str, ...] = ()  # 16 hex digits each, of the pairs they were made from
+
+    __repr__ = one_line
 
     def joined(self, other: Origin, method: str) -> Origin:
         """The origin of vectors made from both: they have seen the pairs of either."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model.config import ModelConfig
 from ..model.points import POINTS, Layers, Tap, check_point, parse_layers
+from ..model.summary import counted, named
 from ..tokenizer.paths import user_path
 from .tap_names import listed, tap_name, tap_order
 from .vector_checks import check_direction, check_unit, check_width
@@ -37,6 +38,11 @@ class SteeringVectors:
     resid_norms: dict[Tap, float]
     n_layers: int
     origin: Origin = UNKNOWN_ORIGIN
+
+    def __repr__(self) -> str:
+        size = f"d {self.d}, for {counted(self.n_layers, 'layer')}"
+        method = [self.origin.method] if self.origin.method else []
+        return named(self, listed(self.taps), size, *method)
 
     def __post_init__(self) -> None:
         if not self.vectors:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..model import arguments
+from ..model.summary import one_line
 from ..tokenizer.encoding import Span
 from ..tokenizer.tokenizer import Tokenizer
 
@@ -44,6 +45,8 @@ class PromptForm:
     system: str | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
     plain: bool = False
+
+    __repr__ = one_line
 
     def __post_init__(self) -> None:
         arguments.flag(self.chat, "chat")

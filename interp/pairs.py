@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model import arguments
+from ..model.summary import one_line
 from ..tokenizer.paths import read_text, user_path
 
 EVAL_FIELDS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
@@ -39,6 +40,8 @@ class Pair:
     matching: str
     other: str
     other_question: str | None = None
+
+    __repr__ = one_line
 
     def __post_init__(self) -> None:
         for name in ("question", "matching", "other"):

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from ..model.config import ModelConfig
+from ..model.summary import one_line
 from ..parallel.digest import Digest
 from ..tokenizer.tokenizer import Tokenizer
 from .labels import PromptForm, Written, label_token, quoted, write
@@ -27,6 +28,8 @@ class Side:
     answer_at: int  # the first token that holds a character of the answer, space aside
     label_at: int | None  # the label's token
 
+    __repr__ = one_line
+
 
 @dataclass(frozen=True)
 class PairIds:
@@ -42,6 +45,8 @@ class PairIds:
     key: str  # the pair's
     form: str | None  # the text of the matching label's token, as the tokenizer cut it
     is_first: bool | None  # whether the matching label is that of the option listed first
+
+    __repr__ = one_line
 
     @property
     def sides(self) -> tuple[Side, Side]:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..engine.files import write_json
+from ..engine.tap_names import listed
 from ..engine.vector_checks import UNITS
 from ..model.points import Tap
+from ..model.summary import counted, named
 from .intervals import Floats, doubts
 from .propensity import PROTOCOLS
 from .report_png import CurvePlot, MapPlot, check_picture, write_png
@@ -56,6 +58,10 @@ class SteerabilityReport:
     warnings: list[str]
     seed: int = 0  # of the bootstrap
     item_keys: tuple[str, ...] = ()  # of the pairs, N of them or none
+
+    def __repr__(self) -> str:
+        sizes = counted(self.n_items, "item"), counted(len(self.multipliers), "multiplier")
+        return named(self, self.protocol, listed(self.taps), *sizes)
 
     def __post_init__(self) -> None:
         self.multipliers = [float(multiplier) for multiplier in self.multipliers]

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..model.points import Tap
+from ..model.summary import counted
 from .report import SteerabilityReport
 from .slopes import Interval, Slope
 
@@ -93,8 +94,8 @@ def _setting(report: SteerabilityReport) -> str:
         "vector": "multiplier 1 adds the vector as it is",
         "resid_norm": "multiplier 1 adds a vector as long as the states there are on average",
     }[report.unit]
-    source = f", vectors from {_count(report.n_train, 'pair')}" if report.n_train else ""
-    return f"protocol {report.protocol}: {_count(report.n_items, 'item')}{source}; {unit}"
+    source = f", vectors from {counted(report.n_train, 'pair')}" if report.n_train else ""
+    return f"protocol {report.protocol}: {counted(report.n_items, 'item')}{source}; {unit}"
 
 
 def _items(report: SteerabilityReport) -> str:
@@ -157,10 +158,6 @@ def _shaded(change: float, largest: float) -> Text:
 
 def _name(tap: Tap) -> str:
     return f"layer {tap.layer} {tap.point}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _interval(slope: Slope) -> Interval:

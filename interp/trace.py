@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,22 +15,15 @@ from torch import Tensor
 from ..engine.files import require, write_json
 from ..engine.lens_rows import LensRecord
 from ..engine.record import record_width, unpack_rows
-from ..model.points import Tap, check_point
+from ..engine.tap_names import tap_name
+from ..model.points import Tap
+from ..model.summary import TEXT_CHARACTERS, brief, counted, named
+from ..tokenizer.json_file import read_object
 from ..tokenizer.paths import user_path
 from ..tokenizer.visible import cell
+from .trace_fields import LARGEST_BYTES, read_fields, written_fields
 from .trace_files import check_format, write_html, write_parquet, write_png
 from .trace_grid import Cell, Grid, tap_labels
-
-# the exceptions that reading a dict of other content raises
-MALFORMED = (
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    IndexError,
-    RuntimeError,
-    OverflowError,
-)
 
 
 @dataclass
@@ -54,6 +45,19 @@ class Trace:
     kl_to_final: Tensor  # [T, P] float32, nats: KL(final layer ‖ this layer)
     input_ids: list[int] = field(default_factory=list)  # the whole text, generated part included
     names: dict[int, str] = field(default_factory=dict)  # id -> text, for every id above
+    prompt: str | None = None  # as it was given, where it was a text
+    text: str | None = None  # that was generated, up to the first stop text
+
+    def __repr__(self) -> str:
+        ends = dict.fromkeys(map(tap_name, (self.taps[0], self.taps[-1])))
+        start = self.prompt or "".join(map(self.text_of, self.input_ids[:TEXT_CHARACTERS]))
+        parts = [
+            counted(len(self.positions), "position"),
+            counted(len(self.taps), "tap"),
+            " to ".join(ends),
+            f"k {self.token_ids.shape[-1]}",
+        ]
+        return named(self, *parts, *([brief(start)] if start else []))
 
     @classmethod
     def empty(cls, taps: tuple[Tap, ...], top_k: int) -> Trace:
@@ -91,8 +95,8 @@ class Trace:
         return self.names.get(token_id, f"<{token_id}>")
 
     def token_at(self, position: int) -> str:
-        """Text of the token at an absolute position."""
-        return self.text_of(self.input_ids[position])
+        """Text of the token at an absolute position, empty where the whole text is not known."""
+        return self.text_of(self.input_ids[position]) if self.input_ids else ""
 
     def target_text(self, index: int) -> str:
         """Text of the target of the index-th traced position, empty where there is none."""
@@ -160,51 +164,15 @@ class Trace:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON; NaN becomes None."""
-        content: dict[str, Any] = {}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            content[item.name] = (
-                _without_nan(value.tolist()) if isinstance(value, Tensor) else value
-            )
-        content["taps"] = [list(tap) for tap in self.taps]
-        content["names"] = {str(token): text for token, text in self.names.items()}
-        return content
+        return written_fields(vars(self))
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Trace:
-        """The inverse of `to_dict`. Raises ValueError for a dict of other content."""
+        """The inverse of `to_dict`. Raises ValueError naming a field that no trace has so."""
         try:
-            return cls._from_dict(content)
-        except MALFORMED as error:
-            raise ValueError(f"this is no trace: {type(error).__name__} {error}") from None
-
-    @classmethod
-    def _from_dict(cls, content: dict[str, Any]) -> Trace:
-        taps = tuple(Tap(int(layer), point) for layer, point in content["taps"])
-        for tap in taps:
-            check_point(tap.point)
-        t, p = len(content["positions"]), len(taps)
-        k = len(content["token_ids"][0][0]) if t else 0
-
-        def tensor(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            found = torch.tensor(_with_nan(content[name]), dtype=dtype)
-            if t and found.shape != shape:
-                raise ValueError(f"{name} has shape {list(found.shape)}, not {list(shape)}")
-            return found.reshape(shape)
-
-        return cls(
-            taps=taps,
-            positions=tensor("positions", t, dtype=torch.int64),
-            targets=tensor("targets", t, dtype=torch.int64),
-            token_ids=tensor("token_ids", t, p, k, dtype=torch.int64),
-            logprobs=tensor("logprobs", t, p, k),
-            entropy=tensor("entropy", t, p),
-            target_logprob=tensor("target_logprob", t, p),
-            target_rank=tensor("target_rank", t, p, dtype=torch.int64),
-            kl_to_final=tensor("kl_to_final", t, p),
-            input_ids=[int(token) for token in content["input_ids"]],
-            names={int(token): str(text) for token, text in content["names"].items()},
-        )
+            return cls(**read_fields(content))
+        except ValueError as error:
+            raise ValueError(f"this is no trace: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write to .json, .html, .png or .parquet, by the ending, or nothing at all.
@@ -225,31 +193,21 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Read a .json file that `save` wrote. Raises ValueError naming a file that is not one."""
+        """Read a .json file that `save`, or --out or --json of a command, wrote.
+
+        Raises ValueError naming a file that is not one.
+        """
         path = user_path(path)
         if path.suffix != ".json":
             raise ValueError(
                 f"{path}: a trace is read from .json; the other formats are to look at"
             )
+        content = read_object(path, "a trace", LARGEST_BYTES)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
+            return cls.from_dict(content)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 
 def _repeated(values: Iterable[Any], times: int) -> list[Any]:
     return list(itertools.chain.from_iterable(itertools.repeat(x, times) for x in values))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if value != value else value
-
-
-def _with_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_with_nan(item) for item in value]
-    return float("nan") if value is None else value

@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not session.prints:
         return
     if result.trace is not None:
+        result.trace.prompt = arguments.prompt
         for path in arguments.out:
             result.trace.save(path)
     if arguments.json is not None:

@@ -36,6 +36,7 @@ from .model.arguments import is_integer
 from .model.load import load_model
 from .model.points import Layers
 from .model.source import find_model
+from .model.summary import one_line
 from .model.transformer import Transformer
 from .parallel.collectives import agreed
 from .parallel.group import TensorParallel
@@ -61,6 +62,8 @@ class Result:
     text: str | None
     finish_reason: FinishReason | None
     trace: Trace | None = None
+
+    __repr__ = one_line
 
 
 class LensOptions(TypedDict, total=False):
@@ -302,7 +305,7 @@ class LanguageModel:
             capture=capture,
         )
         return [
-            self._result(generation, request.stop or (), has_trace=on_lens is None)
+            self._result(generation, request, has_trace=on_lens is None)
             for generation, request in zip(generations, requests, strict=True)
         ]
 
@@ -324,15 +327,17 @@ class LanguageModel:
             stop_ids = {*self.model.config.eos_token_ids, self._tokenizer.eos_id}
         return replace(request, prompt=prompt, ends=ends, stop_ids=stop_ids, stop=())
 
-    def _result(self, generation: Generation, stop: Sequence[str], *, has_trace: bool) -> Result:
+    def _result(self, generation: Generation, request: Request, *, has_trace: bool) -> Result:
         text, trace = None, None
         if generation.record is not None and has_trace:
             trace = Trace.from_record(generation.record)
             trace.input_ids = [*generation.prompt, *generation.tokens]
         if self._tokenizer is not None:
-            text = text_of(self._tokenizer, generation.tokens, stop)
+            text = text_of(self._tokenizer, generation.tokens, request.stop or ())
             if trace is not None:
                 trace.name_tokens(self._tokenizer.token_text)
+                trace.prompt = request.prompt if isinstance(request.prompt, str) else None
+                trace.text = text
         return Result(generation.tokens, text, generation.finish_reason, trace)
 
 

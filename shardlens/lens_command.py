@@ -66,11 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
         session.print_prompt(arguments.prompt, form)
         session.print_text(f"{result.text or ''}\n\n")
     print_trace(trace, session.console)
+    trace.prompt = arguments.prompt
     for path in arguments.out:
         trace.save(path)
     if arguments.json is not None:
-        content = {"prompt": arguments.prompt, "text": result.text, **trace.to_dict()}
-        write_json(arguments.json, content)
+        write_json(arguments.json, trace.to_dict())
 
 
 def _request(arguments: argparse.Namespace, form: PromptForm, session: Session) -> Request:

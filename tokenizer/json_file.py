@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .paths import check_regular, read_text
+from .paths import LARGEST_JSON_BYTES, check_regular, read_text
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -15,14 +15,19 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises ValueError naming a file that is missing, no regular file, too large, or broken.
     """
     check_regular(path)
-    text = read_text(path, "the model's own file")
+    return read_object(path, "the model's own file")
+
+
+def read_object(path: Path, what: str, most_bytes: int = LARGEST_JSON_BYTES) -> dict[str, Any]:
+    """The object that a file holds, as `read_text` reads it. Raises ValueError naming the file."""
+    text = read_text(path, what, most_bytes)
     try:
         content = json.loads(text)
     except RecursionError:
         raise ValueError(f"{path}: nested too deep to be read as JSON") from None
     except ValueError as error:
         raise ValueError(
-            f"{path}: cannot be read as JSON, broken json ({error}); fetch the file again"
+            f"{path}: cannot be read as JSON, broken json ({error}); give {what}"
         ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: does not hold a JSON object")

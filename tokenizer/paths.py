@@ -35,23 +35,23 @@ def check_regular(path: Path) -> None:
         raise ValueError(f"{path} is not a regular file; put the model's own file there")
 
 
-def read_text(path: Path, what: str) -> str:
-    """The text of a file in UTF-8, no longer than LARGEST_JSON_BYTES.
+def read_text(path: Path, what: str, most_bytes: int = LARGEST_JSON_BYTES) -> str:
+    """The text of a file in UTF-8, no longer than `most_bytes`.
 
     what: the words for such a file in an error. A mark that some editors put first is left out.
     Raises ValueError naming a file that is missing, too large, not UTF-8, or not to be read.
     """
     try:
         with path.open("rb") as file:
-            data = file.read(LARGEST_JSON_BYTES + 1)
+            data = file.read(most_bytes + 1)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give {what}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{str(path)[:200]} cannot be read: {reason}") from None
-    if len(data) > LARGEST_JSON_BYTES:
+    if len(data) > most_bytes:
         raise ValueError(
-            f"{path} is larger than {LARGEST_JSON_BYTES >> 20} MiB, the most that is read of "
+            f"{path} is larger than {most_bytes >> 20} MiB, the most that is read of "
             f"{what}; split it"
         )
     try:

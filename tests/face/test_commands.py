@@ -51,6 +51,25 @@ def test_lens_prints_a_table_of_at_most_100_columns(
     assert len(content["token_ids"][0][0]) == 2
 
 
+def test_a_trace_has_one_format(stories: Path, tmp_path: Path) -> None:
+    """By --json, --out and in Python, whatever the command; all are read back alike."""
+    lens, out, saved, again = (tmp_path / f"{name}.json" for name in "abcd")
+    words = ["--prompt", PROMPT, "--max-new-tokens", "4"]
+    assert main(["lens", str(stories), *words, "--json", str(lens), "--out", str(out)]) == 0
+    assert main(["generate", str(stories), *words, "--out", str(again)]) == 0
+    lm = shardlens.load(stories)
+    trace = lm.generate(PROMPT, max_new_tokens=4, lens=shardlens.LensSpec()).trace
+    assert trace is not None and (trace.prompt, trace.text) == (PROMPT, ", there was a")
+    trace.save(saved)
+    assert lens.read_bytes() == out.read_bytes() == saved.read_bytes() == again.read_bytes()
+    for found in (
+        shardlens.Trace.load(lens),
+        shardlens.Trace.from_dict(json.loads(lens.read_text())),
+    ):
+        assert found.to_dict() == trace.to_dict()
+        assert torch.equal(found.logprobs, trace.logprobs) and found.prompt == PROMPT
+
+
 def test_lens_target_and_positions(
     stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
