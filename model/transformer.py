@@ -6,17 +6,19 @@ between blocks are whole, and the same, on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.swiglu import swiglu
+from ..parallel.agreement import asked_alike
 from ..parallel.group import TensorParallel
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.spans import Span
-from ..parallel.vocab import VocabEmbedding, VocabHead
+from ..parallel.vocab import VocabEmbedding, VocabHead, vocab_rows
+from .arguments import integers
 from .attention import AttendFn, Attention, cached_attention, causal_attention
 from .cache import KVCache
 from .config import ModelConfig
@@ -158,6 +160,37 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
+
+    def embedding_rows(self, token_ids: int | Sequence[int] | Tensor) -> Tensor:
+        """[N, d]: the embedding's rows of N token ids, the same on every rank.
+
+        token_ids: a number, several, or a tensor [N]; every rank asks for the same. Raises
+        ValueError for none, and for an id that the vocabulary does not have, padding included.
+        """
+        return self._rows(self.embed.weight, token_ids)
+
+    def head_rows(self, token_ids: int | Sequence[int] | Tensor) -> Tensor:
+        """[N, d]: rows of the unembedding, whose products with normed states are logits.
+
+        Otherwise as `embedding_rows`, which gives the same where the head is tied.
+        """
+        return self._rows(self.head.weight, token_ids)
+
+    def _rows(self, weight: Tensor, token_ids: int | Sequence[int] | Tensor) -> Tensor:
+        with asked_alike(self.parallel) as asked:
+            ids = integers(token_ids, "token_ids")
+            if not ids:
+                raise ValueError("no token id is given: name at least one")
+            for token in ids:
+                if not 0 <= token < self.config.vocab_size:
+                    raise ValueError(
+                        f"token id {token} is outside the vocabulary: give 0 to "
+                        f"{self.config.vocab_size - 1}"
+                    )
+            if asked is not None:
+                asked.add(weight is self.embed.weight, ids)
+        on_device = torch.tensor(ids, device=self.device)
+        return vocab_rows(weight, self.spans["vocab"], on_device, self.parallel)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for this rank's heads."""

@@ -18,6 +18,19 @@ from .group import Axes, TensorParallel
 from .spans import Span
 
 
+def vocab_rows(weight: Tensor, vocab: Span, token_ids: Tensor, parallel: TensorParallel) -> Tensor:
+    """Rows of a table by token id, given by the ranks that hold them: [...] int64 -> [..., d].
+
+    weight: this rank's part [padded, d].
+    """
+    if parallel.size == 1:
+        return F.embedding(token_ids, weight)
+    is_local = (token_ids >= vocab.start) & (token_ids < vocab.stop)
+    local_ids = (token_ids - vocab.start).where(is_local, 0)
+    rows = F.embedding(local_ids, weight) * is_local[..., None]
+    return reduce_from_ranks(rows, parallel)
+
+
 class VocabEmbedding(nn.Module):
     """Token ids [...] int64 -> rows of the full table [..., d], the same on every rank."""
 
@@ -27,12 +40,7 @@ class VocabEmbedding(nn.Module):
         self.weight = nn.Parameter(empty(vocab.padded, d))
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        if self.parallel.size == 1:
-            return F.embedding(token_ids, self.weight)
-        is_local = (token_ids >= self.vocab.start) & (token_ids < self.vocab.stop)
-        local_ids = (token_ids - self.vocab.start).where(is_local, 0)
-        rows = F.embedding(local_ids, self.weight) * is_local[..., None]
-        return reduce_from_ranks(rows, self.parallel)
+        return vocab_rows(self.weight, self.vocab, token_ids, self.parallel)
 
 
 class Head(Protocol):
