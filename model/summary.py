@@ -30,7 +30,7 @@ def named(item: Any, *parts: str) -> str:
 def brief(value: Any) -> str:
     """A value's kind and size where it is large, else its repr; hidden characters are escaped."""
     shape = getattr(value, "shape", None)
-    if shape is not None and getattr(value, "ndim", 0):
+    if shape is not None and getattr(value, "ndim", 0) > 0:
         return f"{list(shape)} {value.dtype}".replace("torch.", "")
     if isinstance(value, str):
         is_short = len(value) <= TEXT_CHARACTERS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -14,10 +15,13 @@ from .engine.files import write_json
 from .engine.fingerprint import model_fingerprint
 from .engine.request import Request
 from .engine.steering import POSITION_RULES, Rule, Steering
+from .engine.tap_names import tap_name
 from .engine.vector_checks import UNITS
 from .engine.vectors import SteeringVectors
+from .interp.report_best import read_best
 from .kernels.edits import MODES
 from .language_model import Result
+from .model.points import Layers, Tap
 from .options import (
     ModelOptions,
     add_eager_argument,
@@ -55,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help=f"{', '.join(POSITION_RULES)}, 5- from position 5 on, or 3,7,9 (default: all)",
     )
-    add_tap_arguments(parser)
+    add_tap_arguments(parser, default_layers=None)
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="what `steer eval --json` wrote of these vectors: steer its best layer",
+    )
     parser.add_argument("--mode", choices=MODES, default="add")
     parser.add_argument(
         "--unit",
@@ -77,7 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
     session.check_stop(stop)
     with agreed(session.parallel):
         vectors = SteeringVectors.load(arguments.vector, session.config)
-        steerings = _steerings(arguments, vectors, positions)
+        chosen, reason = _chosen(arguments, vectors)
+        steerings = _steerings(arguments, vectors, chosen, positions)
     requests = [
         Request(prompt, arguments.max_new_tokens, sampling, steering=steering, stop=stop)
         for steering in ([], *([steering] for steering in steerings))
@@ -89,23 +100,56 @@ def run(arguments: argparse.Namespace) -> None:
     warning = vectors.warning(model_fingerprint(lm.model))
     if warning is not None:
         session.console.print(f"warning: {warning}")
+    if reason is not None:
+        session.console.print(reason)
     names = ["unsteered", *(f"scale {scale:g}" for scale in arguments.scale)]
     session.print_prompt(arguments.prompt, form)
     session.print_text("\n")
     session.console.print(_columns(names, results))
     if session.prints and arguments.json is not None:
-        write_json(arguments.json, _content(arguments, results))
+        taps = steerings[0].taps(session.config.n_layers)
+        write_json(arguments.json, _content(arguments, taps, results))
+
+
+class _Chosen(NamedTuple):
+    """Whose vectors are added: all of some layers, at a point, or at the only one."""
+
+    layers: Layers
+    point: str | None
+
+
+def _chosen(arguments: argparse.Namespace, vectors: SteeringVectors) -> tuple[_Chosen, str | None]:
+    """The layers asked for, or one layer of several and a line that says why this one."""
+    layers, point, report = arguments.layers, arguments.point, arguments.report
+    if layers is not None:
+        if report is not None:
+            raise ValueError("--layers and --report both choose layers: give one of them")
+        return _Chosen(layers, point), None
+    if report is not None:
+        best = read_best(report)
+        if point not in (None, best.point):
+            raise ValueError(f"--point is {point}, but {report} found {tap_name(best)} best")
+        return _Chosen([best.layer], best.point), f"steering {tap_name(best)}, the best of {report}"
+    only = Steering(vectors, point=point).point  # refuses a choice among several points
+    held = [tap.layer for tap in vectors.taps if tap.point == only]
+    middle = held[(len(held) - 1) // 2]
+    if len(held) == 1:
+        return _Chosen(held, only), None
+    return _Chosen([middle], only), (
+        f"steering layer {middle}, the middle one of the {len(held)} in {arguments.vector}: "
+        "choose by --layers (or all), or by --report"
+    )
 
 
 def _steerings(
-    arguments: argparse.Namespace, vectors: SteeringVectors, positions: Rule
+    arguments: argparse.Namespace, vectors: SteeringVectors, chosen: _Chosen, positions: Rule
 ) -> list[Steering]:
     """One for each scale. Raises ValueError for layers and points without a vector."""
     return [
         Steering(
             vectors,
-            arguments.layers,
-            arguments.point,
+            chosen.layers,
+            chosen.point,
             mode=arguments.mode,
             scale=scale,
             positions=positions,
@@ -142,10 +186,13 @@ def _lines(text: str) -> str:
     return "\n".join(f"{line}⏎" for line in map(cell, text.split("\n"))).removesuffix("⏎")
 
 
-def _content(arguments: argparse.Namespace, results: list[Result]) -> dict[str, object]:
+def _content(
+    arguments: argparse.Namespace, taps: list[Tap], results: list[Result]
+) -> dict[str, object]:
     return {
         "prompt": arguments.prompt,
         "vector": str(arguments.vector),
+        "taps": [list(tap) for tap in taps],
         "mode": arguments.mode,
         "unit": arguments.unit,
         "positions": arguments.positions,

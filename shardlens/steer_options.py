@@ -45,8 +45,12 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
 
-def add_tap_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layers", default="all", help="all, or e.g. 0-3,8,-1 (default: all)")
+def add_tap_arguments(parser: argparse.ArgumentParser, default_layers: str | None = "all") -> None:
+    """--layers and --point; None as the default of layers is one of those that have a vector."""
+    default = "all" if default_layers else "the best of --report, or the middle one of the file"
+    parser.add_argument(
+        "--layers", default=default_layers, help=f"all, or e.g. 0-3,8,-1 (default: {default})"
+    )
     parser.add_argument("--point", help=f"of {', '.join(POINTS)}")
 
 

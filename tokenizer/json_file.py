@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .paths import LARGEST_JSON_BYTES, check_regular, read_text
+from .paths import check_regular, read_text
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, "the model's own file")
 
 
-def read_object(path: Path, what: str, most_bytes: int = LARGEST_JSON_BYTES) -> dict[str, Any]:
+def read_object(path: Path, what: str, most_bytes: int | None = None) -> dict[str, Any]:
     """The object that a file holds, as `read_text` reads it. Raises ValueError naming the file."""
     text = read_text(path, what, most_bytes)
     try:

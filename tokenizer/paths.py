@@ -35,12 +35,13 @@ def check_regular(path: Path) -> None:
         raise ValueError(f"{path} is not a regular file; put the model's own file there")
 
 
-def read_text(path: Path, what: str, most_bytes: int = LARGEST_JSON_BYTES) -> str:
-    """The text of a file in UTF-8, no longer than `most_bytes`.
+def read_text(path: Path, what: str, most_bytes: int | None = None) -> str:
+    """The text of a file in UTF-8, no longer than `most_bytes`, or LARGEST_JSON_BYTES.
 
     what: the words for such a file in an error. A mark that some editors put first is left out.
     Raises ValueError naming a file that is missing, too large, not UTF-8, or not to be read.
     """
+    most_bytes = LARGEST_JSON_BYTES if most_bytes is None else most_bytes
     try:
         with path.open("rb") as file:
             data = file.read(most_bytes + 1)
