@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
-from ..model.arguments import choice
+from ..model.arguments import choice, integer, is_integer
 from ..model.config import ModelConfig
+from ..model.fields import shown
+from ..model.points import Tap
 
 UNITS = ("vector", "resid_norm")
 
@@ -29,3 +34,15 @@ def check_width(subject: str, width: int, config: ModelConfig) -> None:
 def check_unit(unit: str) -> None:
     """Raise ValueError for a unit that is none of UNITS."""
     choice(unit, "steering unit", UNITS)
+
+
+def by_tap(values: Any, name: str) -> dict[Tap, Any]:
+    """A mapping by tap, each of which is a (layer, point). Raises ValueError for anything else."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} are a {type(values).__name__}: give a dict by Tap(layer, point)")
+    for tap in values:
+        if not isinstance(tap, tuple) or len(tap) != 2 or not is_integer(tap[0]):
+            raise ValueError(f"{name} are for {shown(tap)}: give a dict by Tap(layer, point)")
+    return {
+        Tap(integer(layer, "a layer"), point): value for (layer, point), value in values.items()
+    }

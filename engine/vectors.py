@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..model.arguments import integer, number
 from ..model.config import ModelConfig
 from ..model.points import POINTS, Layers, Tap, check_point, parse_layers
 from ..model.summary import counted, named
 from ..tokenizer.paths import user_path
 from .tap_names import listed, tap_name, tap_order
-from .vector_checks import check_direction, check_unit, check_width
+from .vector_checks import by_tap, check_direction, check_unit, check_width
 from .vector_fields import UNKNOWN_ORIGIN, Origin, VectorFields
 from .vector_files import naming_file, read_fields, write_fields
 
@@ -45,9 +46,14 @@ class SteeringVectors:
         return named(self, listed(self.taps), size, *method)
 
     def __post_init__(self) -> None:
-        if not self.vectors:
+        given = by_tap(self.vectors, "the steering vectors")
+        if not given:
             raise ValueError("there are no steering vectors")
-        given = {Tap(*tap): vector for tap, vector in self.vectors.items()}
+        for tap, vector in given.items():
+            if not isinstance(vector, Tensor):
+                kind = type(vector).__name__
+                raise ValueError(f"the steering vector at {tap_name(tap)} is a {kind}, no tensor")
+        self.n_layers = integer(self.n_layers, "n_layers")
         taps = sorted(given, key=lambda tap: tap_order(tap, self.n_layers))
         self.vectors = {tap: _copy(given[tap]) for tap in taps}
         self._by_canonical = {tap.canonical: tap for tap in self.vectors}
@@ -63,13 +69,13 @@ class SteeringVectors:
 
     def _checked_norms(self) -> dict[Tap, float]:
         norms = {}
-        for tap, norm in self.resid_norms.items():
-            held = self._by_canonical.get(Tap(*tap).canonical)
+        for tap, norm in by_tap(self.resid_norms, "the norms of the states").items():
+            held = self._by_canonical.get(tap.canonical)
             if held is None:
                 raise ValueError(f"a norm of the states is given at {tap_name(tap)}, but no vector")
-            if not (math.isfinite(norm) and norm > 0):
+            norms[held] = number(norm, f"the norm of the states at {tap_name(tap)}")
+            if norms[held] <= 0:
                 raise ValueError(f"the norm of the states at {tap_name(tap)} is {norm}")
-            norms[held] = float(norm)
         return {tap: norms[tap] for tap in self.vectors if tap in norms}
 
     @property

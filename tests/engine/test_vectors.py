@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +59,17 @@ def test_a_missing_vector_is_named_with_those_there_are() -> None:
         made().at(Tap(3, "resid_post"))
     taps = [Tap(layer, "resid_post") for layer in (1, 2, 3, 5)]
     assert listed([*taps, Tap(0, "mlp_out")]) == "resid_post of layers 1-3, 5; mlp_out of layers 0"
+
+
+@pytest.mark.parametrize("tap", [1, "mlp_out", (1,), (True, "mlp_out"), ("mlp_out", 1)])
+def test_vectors_are_by_tap(tap: Any) -> None:
+    says = r"are for .*: give a dict by Tap\(layer, point\)$"
+    with pytest.raises(ValueError, match=f"the steering vectors {says}"):
+        SteeringVectors({tap: torch.ones(D)}, {}, N_LAYERS)
+    with pytest.raises(ValueError, match=f"the norms of the states {says}"):
+        SteeringVectors({TAPS[0]: torch.ones(D)}, {tap: 1.0}, N_LAYERS)
+    plain = SteeringVectors({(np.int64(2), "mlp_out"): torch.ones(D)}, {}, N_LAYERS)
+    assert plain.taps == (Tap(2, "mlp_out"),) and type(plain.taps[0].layer) is int
 
 
 def test_norms_of_the_states_may_be_missing() -> None:

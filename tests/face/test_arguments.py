@@ -15,7 +15,7 @@ from shardlens import LensSpec, Pair, PromptForm, Request, Sampling, Steering, S
 from shardlens.interp import Extraction, Sweep
 from shardlens.model import parse_layers
 
-PROMPT = "Anna is"
+PROMPT, TAP = "Anna is", Tap(1, "mlp_out")
 PAIRS = [
     Pair(f"Question: The ice is thin.\n (A) {yes}\n (B) {no}", " (A)", " (B)")
     for yes, no in [("wait", "run"), ("look twice", "jump")]
@@ -142,6 +142,13 @@ DOORS: dict[str, Callable[[Any], Any]] = {
     "Pair matching": lambda v: Pair("Q", v, " (B)"),
     "vectors select point": lambda v: vectors().select(point=v),
     "vectors select layers": lambda v: vectors().select(layers=v),
+    "SteeringVectors vectors": lambda v: SteeringVectors(v, {}, 6),
+    "SteeringVectors vector": lambda v: SteeringVectors({TAP: v}, {}, 6),
+    "SteeringVectors norms": lambda v: SteeringVectors(vectors().vectors, v, 6),
+    "SteeringVectors norm": lambda v: SteeringVectors({TAP: torch.ones(8)}, {TAP: v}, 6),
+    "SteeringVectors n_layers": lambda v: SteeringVectors(vectors().vectors, {}, v),
+    "embedding_rows": lambda v: lm().model.embedding_rows(v),
+    "head_rows": lambda v: lm().model.head_rows(v),
     "load": lambda v: shardlens.load(v),
 }
 # What odd values are right at: a default, a flag, any text, any number.
@@ -181,6 +188,10 @@ TAKEN = {
     "Pair matching": ["nonsense", "all"],
     "vectors select point": [None],
     "vectors select layers": ["all", -1],
+    "SteeringVectors vector": [torch.tensor([1.5])],
+    "SteeringVectors norms": [{}],
+    "SteeringVectors norm": [0.5, 2.0, np.float32(2.0), torch.tensor(2.0), 10**30],
+    "SteeringVectors n_layers": [10**30],
 }
 
 
