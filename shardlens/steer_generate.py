@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Chosen(NamedTuple):
-    """Whose vectors are added: all of some layers, at a point, or at the only one."""
+    """The layers whose vectors are added, at a point, or at the only one that has any."""
 
     layers: Layers
     point: str | None
