@@ -49,7 +49,7 @@ class Trace:
     text: str | None = None  # that was generated, up to the first stop text
 
     def __repr__(self) -> str:
-        ends = dict.fromkeys(map(tap_name, (self.taps[0], self.taps[-1])))
+        ends = dict.fromkeys(map(tap_name, (*self.taps[:1], *self.taps[-1:])))
         start = self.prompt or "".join(map(self.text_of, self.input_ids[:TEXT_CHARACTERS]))
         parts = [
             counted(len(self.positions), "position"),
