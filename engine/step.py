@@ -213,6 +213,7 @@ class DecodeStep:
             sink=self.taps,
             edits=None if self.edits is None else self.edits.at,
         )
+        self.taps.check()
         if self.shape.has_sample_row:
             self.states[:, 0] = hidden[:, 0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -36,13 +36,21 @@ class RowTaps(TapSink):
     """
 
     def __init__(self, taps: Sequence[Tap], rows: Tensor, d: int, *, dtype: torch.dtype) -> None:
-        self.states = torch.empty(rows.shape[0], len(taps), d, dtype=dtype, device=rows.device)
+        self._states = torch.empty(rows.shape[0], len(taps), d, dtype=dtype, device=rows.device)
         self._rows = rows
         self._columns = columns_of(taps)
+        self._missing = set(self._columns)
 
     def read(self, tap: Tap, x: Tensor) -> None:
         for column in self._columns.get(tap, ()):
-            self.states[:, column] = x.detach().reshape(-1, x.shape[-1])[self._rows]
+            self._states[:, column] = x.detach().reshape(-1, x.shape[-1])[self._rows]
+        self._missing.discard(tap)
+
+    @property
+    def states(self) -> Tensor:
+        """[N, P, d]. Raises ValueError naming a tap of which the pass handed over no state."""
+        check_read(self._missing)
+        return self._states
 
 
 class TapBuffer(TapSink):
@@ -54,6 +62,7 @@ class TapBuffer(TapSink):
     def __init__(self, taps: Sequence[Tap], states: Tensor) -> None:
         self.states = states
         self._columns = columns_of(taps)
+        self._missing = set(self._columns)
 
     def into(self, tap: Tap) -> Tensor | None:
         columns = self._columns.get(tap)
@@ -64,6 +73,22 @@ class TapBuffer(TapSink):
             target = self.states[:, column : column + 1]
             if target.data_ptr() != x.data_ptr():
                 target.copy_(x)
+        if self._missing:  # until the first pass is through
+            self._missing.discard(tap)
+
+    def check(self) -> None:
+        """Raise ValueError naming a tap of which no pass handed over a state."""
+        check_read(self._missing)
+
+
+def check_read(missing: Collection[Tap]) -> None:
+    """Raise ValueError for taps that were asked for and not read, naming the first."""
+    if missing:
+        layer, point = min(missing, key=str)
+        raise ValueError(
+            f"no state was read at {point} of layer {layer}: a tap is an integer layer of the "
+            "model and one of POINTS"
+        )
 
 
 def columns_of(taps: Sequence[Tap]) -> dict[Tap, list[int]]:
