@@ -11,6 +11,8 @@ float32, rounded once, but for the cast before the norm's weight, which publishe
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,11 +46,26 @@ def rope_qk_reference(
         q, k = qk.split((n_heads, kv_heads), dim=2)
         normed = rmsnorm_reference(q, q_weight, eps), rmsnorm_reference(k, k_weight, eps)
         qk = torch.cat(normed, 2)
-    q, k = rope_reference(qk, cos, sin).split((n_heads, kv_heads), dim=2)
+    qk = rope_reference(qk, cos, sin)
+    if qk.is_cpu and not math.isfinite(
+        qk.sum().item()
+    ):  # a sum of finite numbers may leave their range
+        v = marked_values(qk, v)
+    q, k = qk.split((n_heads, kv_heads), dim=2)
     where = torch.arange(len(qkv), device=qkv.device)[:, None], positions
     keys.transpose(1, 2).index_put_(where, k)
     values.transpose(1, 2).index_put_(where, v)
     return q.contiguous()
+
+
+def marked_values(qk: Tensor, v: Tensor) -> Tensor:
+    """v [B, T, K, D] with NaN for tokens whose q or k, both in qk [B, T, heads, D], is not finite.
+
+    PyTorch's attention on CPUs takes scores of NaN for no score at all, and answers with finite
+    numbers; values of NaN it keeps.
+    """
+    is_finite = qk.isfinite().flatten(2).all(-1)
+    return v.masked_fill(~is_finite[..., None, None], torch.nan)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..kernels.decode_attention import decode_attention
 from ..kernels.rope import rope_reference
-from ..kernels.rope_qk import rope_qk
+from ..kernels.rope_qk import marked_values, rope_qk
 from ..parallel.group import TensorParallel
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.spans import Span
@@ -67,7 +67,10 @@ def causal_attention(rope: tuple[Tensor, Tensor]) -> AttendFn:
     """Every token attends to itself and to those before it; differentiable."""
 
     def attend(attn: Attention, layer: int, qkv: Tensor) -> Tensor:
-        q, k, v = (part.transpose(1, 2) for part in queries_keys_values(attn, qkv, rope))
+        q, k, v = queries_keys_values(attn, qkv, rope)
+        if v.is_cpu:
+            v = marked_values(torch.cat((q, k), 2).detach(), v)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return mixed.transpose(1, 2)
 
