@@ -21,6 +21,7 @@ from .fit import Target, largest_batch
 from .lens_plan import LensPlan
 from .limits import PREFILL_CHUNK, batch_bucket, cache_capacity
 from .loop import Loop
+from .not_finite import NotFinite, cause
 from .request import Generation, OnProgress, OnToken, Request
 from .runner import StepRunner
 from .step import DecodeStep, StepShape
@@ -88,7 +89,7 @@ class Engine:
         sees that position. capture: whether steps are captured as CUDA graphs where they
         can be. Raises ValueError for no request, a prompt that is empty, too long or of another
         vocabulary, an edit or a lens that does not fit the model, a max_batch below 1, ranks that
-        are asked for different things, and logits that are not finite.
+        are asked for different things, and numbers that are not finite, saying what caused them.
         """
         with asked_alike(self.model.parallel) as asked:
             generations = self._checked(requests, on_rows)
@@ -111,8 +112,12 @@ class Engine:
                 runner.prepare()
             runner.step.reset()
             Loop(runner, generations, n_slots, prefill_chunk, on_token, on_progress).run()
-        except BaseException:
+        except NotFinite as found:
             self.kept = None  # what is in its memory may not be finite
+            is_alone = len(generations) == 1
+            raise ValueError(cause(found, runner.step, is_alone=is_alone)) from None
+        except BaseException:
+            self.kept = None
             raise
         return generations
 

@@ -85,9 +85,12 @@ class LensRecord:
         """The target at a position that is followed by the token `following`, -1 for none."""
         return following if self.spec.targets == "next" else self.fixed_target
 
-    def add(self, plan: LensPlan, positions: list[int], targets: list[int], rows: Tensor) -> None:
-        """Take in rows [n, taps of the plan, width] of n positions."""
-        rows = best_candidates(rows[:, _columns(plan, self.taps)], self.spec.top_k)
+    def chosen(self, plan: LensPlan, rows: Tensor) -> Tensor:
+        """The rows that this lens asks for, of [n, taps of the plan, width]."""
+        return best_candidates(rows[:, _columns(plan, self.taps)], self.spec.top_k)
+
+    def add(self, positions: list[int], targets: list[int], rows: Tensor) -> None:
+        """Take in `chosen` rows of n positions."""
         if self.on_rows is not None:
             self.on_rows(positions, targets, rows)
             return

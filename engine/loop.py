@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from .host_copy import HostCopy
 from .lens_plan import LensPlan
 from .lens_rows import read_states
 from .limits import RING_TOKENS
+from .not_finite import NotFinite
 from .prefill import prefill
-from .record import record_width
+from .record import first_not_finite, record_width
 from .request import Generation, OnProgress, OnToken
 from .runner import StepRunner
 from .sampling import draw_wide
@@ -151,7 +153,24 @@ class Loop:
         if record.spec.targets is not None:
             on_device = torch.tensor(targets, device=states.device)
         rows = read_states(self.model, record.plan, states, on_device)
-        self.queue(rows, lambda host_rows: record.add(record.plan, positions, targets, host_rows))
+        self.queue(rows, partial(self.keep, generation, record.plan, positions, targets))
+
+    def keep(
+        self,
+        generation: Generation,
+        plan: LensPlan,
+        positions: list[int],
+        targets: list[int],
+        rows: Tensor,
+    ) -> None:
+        """Give a request the rows [n, taps of the plan, width] of some positions."""
+        record = generation.record
+        assert record is not None
+        rows = record.chosen(plan, rows)
+        bad = first_not_finite(rows)
+        if bad is not None:
+            raise NotFinite(generation, positions[bad[0]], record.taps[bad[1]])
+        record.add(positions, targets, rows)
 
     # Records of steps
 
@@ -169,8 +188,9 @@ class Loop:
             for slot, generation in enumerate(occupants)
             if generation is not None and generation.finish_reason is None
         }
-        if any(flags[slot] & NOT_FINITE for slot in live):
-            raise ValueError("the logits are not finite: run the model in bfloat16 or float32")
+        for slot, generation in live.items():
+            if flags[slot] & NOT_FINITE:
+                raise NotFinite(generation, len(generation.prompt) + len(generation.tokens) - 1)
         unknown = {slot: g for slot, g in live.items() if flags[slot] & NOT_KNOWN}
         for slot, token in zip(unknown, self.drawn_wide(unknown), strict=True):
             tokens[slot] = token
@@ -214,7 +234,7 @@ class Loop:
                 record, following = generation.record, generation.token_at(position + 1)
                 if record is not None and record.reads_steps and following >= 0:
                     packed = rows[slot : slot + 1].unflatten(1, shape)
-                    record.add(plan, [position], [record.target(following)], packed)
+                    self.keep(generation, plan, [position], [record.target(following)], packed)
 
     def read_last_taps(self) -> None:
         """Read the taps of the last step, which has no step after it to read them."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +55,29 @@ def pack_rows(result: HeadResult, top_k: int) -> Tensor:
 def unpack_rows(packed: Tensor) -> LensRows:
     """The inverse of `pack_rows`, for rows of any shape [..., width]."""
     return LensRows(**_layout((packed.shape[-1] - ROW_SCALARS) // 2).unpack(packed))
+
+
+def first_not_finite(packed: Tensor) -> tuple[int, int] | None:
+    """(n, p) of a row, of rows [N, P, width] on the host, that is not finite; None if all are.
+
+    Ids with a logit of -inf have no probability and do no harm: what counts is the best log-prob,
+    which shows the log-sum-exp, the entropy, and KL, which shows the final layer's row, too. The
+    row is the first that is not finite by itself, if there is one.
+    """
+    columns = _telling_columns((packed.shape[-1] - ROW_SCALARS) // 2)
+    is_finite = np.isfinite(packed.numpy()[..., columns].view(np.float32))
+    if is_finite.all():
+        return None
+    by_itself = is_finite[..., :-1].all(-1)
+    n, p = np.argwhere(~(is_finite.all(-1) if by_itself.all() else by_itself))[0].tolist()
+    return n, p
+
+
+@lru_cache
+def _telling_columns(top_k: int) -> Any:
+    """Where packed rows have the numbers that `first_not_finite` looks at."""
+    layout = _layout(top_k)
+    return np.array([layout.start(name) for name in ("logprobs", "entropy", "kl_to_final")])
 
 
 def best_candidates(packed: Tensor, top_k: int) -> Tensor:

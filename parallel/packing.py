@@ -50,6 +50,11 @@ class RowLayout:
         """int32 numbers per row."""
         return sum(field.width for field in self.fields)
 
+    def start(self, name: str) -> int:
+        """The first column of a field."""
+        index = [field.name for field in self.fields].index(name)
+        return sum(field.width for field in self.fields[:index])
+
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """The named values of R rows, others left out -> [R, width] int32."""
         return torch.cat([field.to_int32(values[field.name]) for field in self.fields], -1)
