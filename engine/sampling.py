@@ -25,6 +25,7 @@ from ..parallel.vocab import Head
 # Candidates among which a nucleus is looked for, and keys tried first where it is wider.
 NUCLEUS_CANDIDATES = 64
 NUCLEUS_TRIES = 8
+LEAST_TEMPERATURE = 1e-30  # logits that are divided by less leave float32
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Sampling:
             object.__setattr__(self, name, value)  # frozen, but still being constructed
         if self.temperature < 0:
             raise ValueError(f"temperature {self.temperature} is not a number of 0 or more")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature {self.temperature} is below {LEAST_TEMPERATURE}: give 0, which is "
+                "greedy"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} is below 0")
         if not 0 < self.top_p <= 1:

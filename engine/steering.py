@@ -19,7 +19,8 @@ from ..model.config import ModelConfig
 from ..model.fields import shown
 from ..model.points import Layers, Tap, check_point, parse_layers
 from ..model.summary import one_line
-from .vector_checks import check_direction, check_unit, check_width
+from .tap_names import tap_name
+from .vector_checks import LARGEST_STATE, check_direction, check_move, check_unit, check_width
 from .vectors import SteeringVectors
 
 POSITION_RULES = ("all", "prompt", "generated", "last_prompt", "label")
@@ -107,12 +108,16 @@ class Steering:
             self.scale_at(tap)  # raises where a norm is not known
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ValueError for vectors of another model, or a layer that does not exist."""
+        """Raise ValueError for vectors of another model, a layer that does not exist, and an edit
+        so large that the norm after it cannot be told.
+        """
         if isinstance(self.vector, Tensor):
             check_width("the steering vector has", self.vector.numel(), config)
         else:
             self.vector.check(config)
-        self.taps(config.n_layers)
+        taps = self.taps(config.n_layers)
+        for tap in taps[:1] if isinstance(self.vector, Tensor) else taps:
+            check_move(self.move_at(tap), self.described_at(tap))
 
     def check_reach(self, prompt_length: int, n_fed: int, name: str) -> None:
         """Raise ValueError where none of the positions is among the n_fed of a text."""
@@ -140,6 +145,17 @@ class Steering:
         if self.mode == "clamp":
             return self.scale * self.vector.resid_norm(tap)
         return self.scale * self.vector.unit_scale(tap, self.unit)
+
+    def described_at(self, tap: Tap) -> str:
+        """The edit at one of `taps`, in messages."""
+        return f"the edit at {tap_name(tap)}, mode {self.mode}, scale {float(self.scale):g}"
+
+    def move_at(self, tap: Tap) -> float:
+        """How far a state moves at one of `taps`, at most."""
+        scale = abs(float(self.scale_at(tap)))
+        if self.mode == "ablate":
+            return scale * LARGEST_STATE
+        return scale if self.mode == "clamp" else scale * float(self.vector_at(tap).detach().double().norm())
 
     def mask(self, prompt_length: int, capacity: int) -> Tensor:
         """[capacity] bool: the positions that are edited."""

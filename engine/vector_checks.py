@@ -13,6 +13,9 @@ from ..model.fields import shown
 from ..model.points import Tap
 
 UNITS = ("vector", "resid_norm")
+# the largest square of float32 is 1.8e19 squared; a state beside the edit has room
+LONGEST_EDIT = 1e18
+LARGEST_STATE = 1e6  # assumed where an edit takes a multiple of the state
 
 
 def check_direction(vector: Tensor, name: str) -> None:
@@ -23,6 +26,18 @@ def check_direction(vector: Tensor, name: str) -> None:
         raise ValueError(f"{name} is not finite")
     if not vector.any():
         raise ValueError(f"{name} is all zeros: it has no direction")
+
+
+def check_move(length: float, name: str) -> None:
+    """Raise ValueError, beginning with `name`, for an edit by more than norms can square.
+
+    The state would be normed to zeros: finite numbers that mean nothing.
+    """
+    if not length <= LONGEST_EDIT:
+        raise ValueError(
+            f"{name}, can move states by {length:.3g}, more than the {LONGEST_EDIT:g} that a norm "
+            "in float32 can square: choose a smaller scale"
+        )
 
 
 def check_width(subject: str, width: int, config: ModelConfig) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..engine.asked import add_vectors
 from ..engine.fingerprint import model_fingerprint
-from ..engine.vector_checks import check_unit
+from ..engine.not_finite import range_advice, refusal
+from ..engine.tap_names import tap_name
+from ..engine.vector_checks import check_move, check_unit
 from ..engine.vectors import SteeringVectors
 from ..model.arguments import choice, integer, numbers
 from ..model.points import Layers
@@ -50,7 +52,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         steps = numbers(self.multipliers, "multipliers")
-        if len(set(steps)) < 2:
+        if len(torch.tensor(steps, dtype=torch.float32).unique()) < 2:  # which edits are scaled in
             raise ValueError("a slope needs at least two different multipliers")
         checked: dict[str, Any] = {
             "multipliers": steps,
@@ -156,13 +158,33 @@ def _held_out(pairs: Sequence[PairIds], vectors: SteeringVectors) -> list[PairId
 def _sweep(
     model: Transformer, items: Sequence[Item], variants: Variants, on_progress: OnProgress | None
 ) -> Tensor:
-    """Propensities [N, E] float64."""
+    """Propensities [N, E] float64. Raises ValueError where they are not finite."""
     found = torch.empty(len(items), len(variants.taps), dtype=torch.float64)
     for index, item in enumerate(items):
         found[index] = propensities(model, item, variants)
+        if not found[index].isfinite().all():
+            raise ValueError(_not_finite(model, variants, found[index], index + 1))
         if on_progress is not None:
             on_progress(index + 1, len(items))
     return found
+
+
+def _not_finite(model: Transformer, variants: Variants, found: Tensor, number: int) -> str:
+    """One line on propensities [E] of a pair that are not finite, for every rank.
+
+    The last is that without an edit: if it alone were finite, the edits are to blame.
+    """
+    subject = f"the propensities of pair {number}"
+    if not found[-1].isfinite():
+        return refusal(model, subject)
+    bad = int(found.isfinite().int().argmin())
+    vector = variants.vectors[variants.rows[bad]].double().norm()
+    move = abs(float(variants.scales[bad])) * float(vector)
+    return (
+        f"{subject} are not finite under the edit at {tap_name(variants.taps[bad])} of scale "
+        f"{float(variants.scales[bad]):g}, which moves states by {move:.3g}: "
+        f"choose smaller multipliers{range_advice(model)}"
+    )
 
 
 def _variants(model: Transformer, vectors: SteeringVectors, sweep: Sweep) -> Variants:
@@ -170,6 +192,10 @@ def _variants(model: Transformer, vectors: SteeringVectors, sweep: Sweep) -> Var
     taps, control = list(vectors.taps), vectors.random_like(sweep.seed)
     table = torch.stack([held.at(tap) for held in (vectors, control) for tap in taps])
     factors = [vectors.unit_scale(tap, sweep.unit) for tap in taps]
+    largest = max(map(abs, sweep.multipliers))
+    for tap, factor in zip(taps, factors, strict=True):
+        name = f"the edit at {tap_name(tap)}, multiplier {largest:g}"
+        check_move(vectors.norm(tap) * factor * largest, name)
     scales = torch.tensor(factors * 2)[:, None] * torch.tensor(sweep.multipliers)
     rows = torch.arange(len(table)).repeat_interleave(len(sweep.multipliers))
     return Variants(
