@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from .extract import OnProgress as OnProgress
     from .extract import extract as extract
     from .extract import extract_encoded as extract_encoded
-    from .extract import pair_states as pair_states
     from .labels import PromptForm as PromptForm
     from .labels import label_of as label_of
+    from .pair_states import pair_states as pair_states
     from .pairs import Pair as Pair
     from .pairs import read_pairs as read_pairs
     from .prompts import PairIds as PairIds

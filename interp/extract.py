@@ -1,7 +1,8 @@
 """Steering vectors from pairs: how the states of matching answers differ from the others'.
 
 Of pair i, at one tap, h⁺_i is the state of the matching text and h⁻_i of the other, at the label
-token, at the last token, or as the mean over the answer's tokens; D_i = h⁺_i - h⁻_i. The two may
+token, at the last token, or as the mean over the answer's tokens, but never at position 0, the
+attention sink; D_i = h⁺_i - h⁻_i. The two may
 also be one question after two texts that describe opposite characters (Chen et al. 2025, persona
 vectors), compared at the token before the answer's label.
 
@@ -18,31 +19,36 @@ whole on every rank, so that ranks exchange what the forward pass exchanges, and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine.branches import padded, run_branches, shared_prefix
 from ..engine.files import require
 from ..engine.fingerprint import model_fingerprint
+from ..engine.not_finite import on_all_ranks, refusal
+from ..engine.tap_names import tap_name
 from ..engine.vector_fields import Origin
 from ..engine.vectors import SteeringVectors
 from ..model.arguments import all_of, choice, choices, integers
 from ..model.points import POINTS, Layers, Tap, parse_layers
-from ..model.tap_sink import RowTaps
 from ..model.transformer import Transformer
 from ..parallel.agreement import asked_alike
 from ..tokenizer.tokenizer import Tokenizer
 from .directions import METHODS, direction
 from .labels import PromptForm, checked_form
+from .pair_states import read_span, side_states
 from .pairs import Pair, checked_pairs
-from .prompts import PairIds, Side, add_pairs, check_length, encode_pairs
+from .prompts import PairIds, add_pairs, check_length, encode_pairs, map_pairs
+from .state_norms import StateNorms, TokenText
 
 AT = ("label", "last", "mean")
 OnProgress = Callable[[int, int], None]
+OnWarning = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -130,13 +136,22 @@ def extract(
     others are those of `Extraction`.
 
     Raises ValueError naming the pair whose label is not one token, whose two sides give the same
-    states, or whose text is longer than the context; and as `Extraction` does.
+    states, states that are not finite, or a text that is longer than the context, or has no more
+    than position 0 to read; and as `Extraction` does. Warns of a state whose norm is over ten times
+    the median of those read at its tap.
     """
     extraction = Extraction(point, layers, method, at, contrast)
     pairs, form = checked_pairs(pairs), checked_form(form)
     extraction.taps(model.config.n_layers)  # refused before the pairs are
     encoded = extraction.encode(tokenizer, pairs, form)
-    return extract_encoded(model, encoded, extraction, on_progress=on_progress)
+    return extract_encoded(
+        model,
+        encoded,
+        extraction,
+        text_of=tokenizer.token_text,
+        on_progress=on_progress,
+        on_warning=partial(warnings.warn, stacklevel=3),
+    )
 
 
 def extract_encoded(
@@ -144,25 +159,35 @@ def extract_encoded(
     encoded: Sequence[PairIds],
     extraction: Extraction,
     *,
+    text_of: TokenText = str,
     on_progress: OnProgress | None = None,
+    on_warning: OnWarning = warnings.warn,
 ) -> SteeringVectors:
-    """`extract` from pairs that `extraction.encode` made."""
+    """`extract` from pairs that `extraction.encode` made.
+
+    on_warning(line) is called on rank 0 where the norm of a state stands out; text_of(id) names its
+    token there.
+    """
     with asked_alike(model.parallel) as asked:
         taps, at = extraction.taps(model.config.n_layers), extraction.read_at
         if not encoded:
             raise ValueError("there is no pair to extract a vector from")
         for number, pair in enumerate(encoded, start=1):
             check_length(max(len(side.ids) for side in pair.sides), model.config, f"pair {number}")
+        map_pairs(encoded, lambda pair: [read_span(side, at) for side in pair.sides])
         if asked is not None:
             asked.add(taps, at, extraction.method)
             add_pairs(asked, encoded)
     gap, norms, kept = _read(
         model, encoded, taps, at, keeps=extraction.method != "mean_diff", on_progress=on_progress
     )
+    warning = norms.warning(encoded, at, text_of)
+    if warning is not None and model.parallel.rank == 0:
+        on_warning(warning)
     vectors = [direction(gap[p], kept[:, :, p], extraction.method) for p in range(len(taps))]
     return SteeringVectors(
         vectors=dict(zip(taps, vectors, strict=True)),
-        resid_norms=dict(zip(taps, norms.tolist(), strict=True)),
+        resid_norms=dict(zip(taps, norms.means(), strict=True)),
         n_layers=model.config.n_layers,
         origin=Origin(
             model=model_fingerprint(model),
@@ -182,56 +207,30 @@ def _read(
     *,
     keeps: bool,
     on_progress: OnProgress | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean gap [P, d] and mean norm [P], float64; with `keeps` also the states [2, N, P, d].
+) -> tuple[Tensor, StateNorms, Tensor]:
+    """Mean gap [P, d] float64 and all norms; with `keeps` also the states [2, N, P, d].
 
     A fit needs every state; a mean does not, and at full width they are gigabytes.
     """
     n, d = len(encoded), model.config.d
     gap = torch.zeros(len(taps), d, dtype=torch.float64)
-    norms = torch.zeros(len(taps), dtype=torch.float64)
+    norms = StateNorms(taps)
     kept = torch.zeros(2, n if keeps else 0, len(taps), d)
     for index, pair in enumerate(encoded):
-        sides = pair_states(model, pair, taps, at).cpu()
+        states = side_states(model, pair, taps, at)
+        sides = torch.stack([side.double().mean(0) for side in states]).cpu()
+        is_finite = sides.isfinite().all(-1).all(0)  # [P]
+        if not on_all_ranks(bool(is_finite.all()), model):
+            tap = taps[int(is_finite.int().argmin())]
+            raise ValueError(refusal(model, f"the states of pair {index + 1} at {tap_name(tap)}"))
         _check_differs(sides, index + 1, at)
         gap += (sides[0] - sides[1]) / n
-        norms += sides.norm(dim=-1).mean(0) / n
+        norms.add(index, states)
         if keeps:
             kept[:, index] = sides
         if on_progress is not None:
             on_progress(index + 1, n)
     return gap, norms, kept
-
-
-@torch.no_grad()
-def pair_states(model: Transformer, pair: PairIds, taps: Sequence[Tap], at: str) -> Tensor:
-    """States of both sides [2, P, d], the matching side first; float64 means of the model's states.
-
-    The answers are branches of their shared prompt, or of its part before the first state read.
-    """
-    sides = pair.sides
-    spans = [_span(side, at) for side in sides]
-    n_shared = min(pair.n_shared, *(span.start for span in spans))
-    stop = max(span.stop for span in spans)  # nothing is read after it
-    ids = padded([side.ids[n_shared:stop] for side in sides], model.device)
-    rows = [
-        torch.arange(span.start - n_shared, span.stop - n_shared) + branch * ids.shape[1]
-        for branch, span in enumerate(spans)
-    ]
-    capture = RowTaps(taps, torch.cat(rows).to(model.device), model.config.d, dtype=model.dtype)
-    cache = shared_prefix(model, sides[0].ids[:n_shared])
-    run_branches(model, cache, ids, sink=capture)
-    by_side = capture.states.split([len(part) for part in rows])
-    return torch.stack([states.double().mean(0) for states in by_side])
-
-
-def _span(side: Side, at: str) -> range:
-    """The positions whose states represent the side; at: one of AT."""
-    if at == "mean":
-        return range(side.answer_at, len(side.ids))
-    position = len(side.ids) - 1 if at == "last" else side.label_at
-    assert position is not None
-    return range(position, position + 1)
 
 
 def _check_differs(sides: Tensor, number: int, at: str) -> None:

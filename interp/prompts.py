@@ -177,6 +177,11 @@ def balance(encoded: Sequence[PairIds]) -> float | None:
 
 def _plain(tokenizer: Tokenizer, text: str, form: PromptForm) -> Side:
     ids = tokenizer.encode(text, special=not form.plain)
+    if len(ids) < 2:
+        raise ValueError(
+            f"the text {quoted(text)} has nothing after position 0, whose state says nothing of a "
+            "text: give texts of two tokens or more"
+        )
     return Side(ids, answer_at=int(ids[:1] == [tokenizer.bos_id]), label_at=None)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..engine.branches import run_branches, shared_prefix
+from ..engine.not_finite import refusal
 from ..model.points import Tap
 from ..model.tap_sink import RowTaps
 from ..model.transformer import Transformer
@@ -40,9 +41,10 @@ class Suggestion(NamedTuple):
 def suggest(model: Transformer, pairs: Sequence[PairIds]) -> Suggestion:
     """The suggestion of the first MOST_PAIRS pairs, the same on every rank.
 
-    Raises ValueError for a pair that is longer than the context.
+    Raises ValueError for a pair that is longer than the context, or numbers that are not finite.
     """
-    gaps = torch.stack([_gaps(model, pair) for pair in pairs[:MOST_PAIRS]])
+    each = enumerate(pairs[:MOST_PAIRS], start=1)
+    gaps = torch.stack([_finite(_gaps(model, pair), model, number) for number, pair in each])
     accessibility = gaps.mean(0)
     is_near = accessibility >= OF_THE_LARGEST * accessibility.max()
     return Suggestion(accessibility.tolist(), Tap(int(is_near.int().argmax()), "resid_post"))
@@ -62,3 +64,10 @@ def _gaps(model: Transformer, pair: PairIds) -> Tensor:
     labels = torch.tensor(pair.label_ids, device=model.device)
     logits = token_logits(model.norm(capture.states[0]), model.head, labels).double().cpu()
     return (logits[:, 0] - logits[:, 1]).abs()  # log-probs differ by as much as logits
+
+
+def _finite(gaps: Tensor, model: Transformer, number: int) -> Tensor:
+    """The gaps of a pair. Raises ValueError, on every rank, where they are not finite."""
+    if not gaps.isfinite().all():
+        raise ValueError(refusal(model, f"the lenses of pair {number}"))
+    return gaps

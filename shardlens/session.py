@@ -5,6 +5,7 @@ A command reads its inputs with an open session, then has the session load the m
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from .parallel.group import TensorParallel
 from .stop_text import stop_texts
 from .terminal import open_console, print_running
 from .tokenizer.tokenizer import Tokenizer
+from .tokenizer.visible import one_line
 
 
 @dataclass
@@ -72,6 +74,11 @@ class Session:
             self.print_text(f"{message['role']}: ", style="bold")
             self.print_text(f"{message['content']}\n", style="dim")
         self.print_text("assistant: ", style="bold")
+
+    def warn(self, line: str) -> None:
+        """Print a warning on standard error, where no result is, on rank 0."""
+        if self.prints:
+            print(f"shardlens: warning: {one_line(line)}", file=sys.stderr)
 
     def print_text(self, text: str, style: str = "") -> None:
         """Print a text with its hidden characters made visible, and stay on its last line."""

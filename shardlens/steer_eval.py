@@ -12,7 +12,7 @@ from .engine.files import write_json
 from .engine.request import Request
 from .engine.vector_checks import UNITS
 from .engine.vectors import SteeringVectors
-from .interp.extract import Extraction, extract_encoded
+from .interp.extract import Extraction
 from .interp.pairs import Pair, read_pairs
 from .interp.prompts import PairIds, check_length, encode_pairs, longest
 from .interp.propensity import PROTOCOLS
@@ -28,6 +28,7 @@ from .model.transformer import Transformer
 from .options import ModelOptions, add_json_argument, add_model_arguments, form_of, json_files
 from .parallel.collectives import agreed
 from .session import Session, open_session, progress
+from .steer_extract import extracted
 from .steer_options import add_extraction_arguments, add_pair_arguments, extraction_of
 
 HELP = "measure how far answers follow a vector"
@@ -124,8 +125,7 @@ class _Inputs:
             return self.vectors.select(self.point, layers)
         assert self.extraction is not None
         extraction = dataclasses.replace(self.extraction, layers=layers)
-        with progress("extracting", shown=session.prints) as on_progress:
-            return extract_encoded(model, self.train, extraction, on_progress=on_progress)
+        return extracted(session, model, self.train, extraction)
 
 
 def _chosen(encoded: Sequence[PairIds], pairs: Sequence[Pair]) -> list[PairIds]:

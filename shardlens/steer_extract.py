@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -12,13 +13,14 @@ from .engine.files import write_json
 from .engine.request import Request
 from .engine.vector_files import check_format
 from .engine.vectors import SteeringVectors
-from .interp.extract import extract_encoded
+from .interp.extract import Extraction, extract_encoded
 from .interp.pairs import read_pairs
-from .interp.prompts import longest
+from .interp.prompts import PairIds, longest
 from .interp.split import split_pairs
+from .model.transformer import Transformer
 from .options import ModelOptions, add_json_argument, add_model_arguments, form_of, json_files
 from .parallel.collectives import agreed
-from .session import open_session, progress
+from .session import Session, open_session, progress
 from .steer_options import add_extraction_arguments, add_pair_arguments, extraction_of
 
 HELP = "make vectors from pairs of answers"
@@ -53,14 +55,32 @@ def run(arguments: argparse.Namespace) -> None:
 
     lm = session.load([Request(longest(encoded), max_new_tokens=0)], capture=False)
 
-    with progress("extracting", shown=session.prints) as on_progress:
-        vectors = extract_encoded(lm.model, encoded, extraction, on_progress=on_progress)
+    vectors = extracted(session, lm.model, encoded, extraction)
     if session.prints:
         vectors.save(arguments.out)
         if arguments.json is not None:
             write_json(arguments.json, _content(vectors))
     session.console.print(_table(vectors))
     session.console.print(f"{len(pairs)} pairs, {arguments.method}: wrote {arguments.out}")
+
+
+def extracted(
+    session: Session, model: Transformer, encoded: Sequence[PairIds], extraction: Extraction
+) -> SteeringVectors:
+    """The vectors of pairs, with a bar while they are read, and warnings after it."""
+    warnings: list[str] = []
+    with progress("extracting", shown=session.prints) as on_progress:
+        vectors = extract_encoded(
+            model,
+            encoded,
+            extraction,
+            text_of=session.tokenizer.token_text,
+            on_progress=on_progress,
+            on_warning=warnings.append,
+        )
+    for line in warnings:
+        session.warn(line)
+    return vectors
 
 
 def _table(vectors: SteeringVectors) -> Table:

@@ -123,7 +123,7 @@ class Text:
 
     def rows(self, at: str, moved: int = 0) -> slice:
         if at == "mean":
-            return slice(self.answer_at + moved, len(self.ids))
+            return slice(max(1, self.answer_at) + moved, len(self.ids))
         position = self.label_at if at == "label" else len(self.ids) - 1
         return slice(position + moved, position + moved + 1)
 
@@ -219,11 +219,16 @@ def mean_gap(case: Case, texts: list[tuple[Text, Text]], tap: Tap, at: str, move
     return (matching - other).mean(0)
 
 
-def assert_norms(found: SteeringVectors, tap: Tap, sides: Tensor) -> None:
-    """Means of norms, which are not the norm of the mean."""
-    norm = float(sides.norm(dim=-1).mean())
+def assert_norms(
+    found: SteeringVectors, case: Case, texts: list[tuple[Text, Text]], tap: Tap, at: str
+) -> None:
+    """Means of norms, over the positions and then the texts, which are not norms of means."""
+    each = [case.states(t.ids)[tap][t.rows(at)] for two in texts for t in two]
+    norm = float(torch.stack([states.norm(dim=-1).mean() for states in each]).mean())
     assert found.resid_norms[tap] == pytest.approx(norm, rel=EXTRACTED)
-    assert abs(float(sides.mean((0, 1)).norm()) / norm - 1) > EFFECT * EXTRACTED
+    means = torch.stack([states.mean(0) for states in each])
+    wrong = [means.mean(0).norm(), *([means.norm(dim=-1).mean()] if at == "mean" else [])]
+    assert all(abs(float(other) / norm - 1) > EFFECT * EXTRACTED for other in wrong)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -238,7 +243,7 @@ def test_mean_differences(at: str, size: int, case: Case, run_ranks: RunRanks) -
         sides = read(case, texts, tap, at)
         expected = (sides[0] - sides[1]).mean(0)
         assert miss(found.at(tap), expected) <= EXTRACTED
-        assert_norms(found, tap, sides)
+        assert_norms(found, case, texts, tap, at)
         # not subtracted, turned round, another layer's, or a token earlier or later
         elsewhere = Tap((tap.layer + 1) % found.n_layers, tap.point)
         wrong = [sides[0].mean(0), -expected, mean_gap(case, texts, elsewhere, at, 0)]
@@ -263,7 +268,7 @@ def test_contrast(size: int, case: Case, run_ranks: RunRanks) -> None:
         expected = (sides[0] - sides[1]).mean(0)
         atol = EXTRACTED * sides.abs().max()
         assert (found.at(tap) - expected).abs().max() <= atol
-        assert_norms(found, tap, sides)
+        assert_norms(found, case, texts, tap, "last")
         for wrong in (-expected, mean_gap(case, texts, tap, "last", -1)):
             assert (wrong - expected).abs().max() > EFFECT * atol
     with pytest.raises(ValueError) as caught:
@@ -361,4 +366,9 @@ def test_texts_with_nothing_in_common(tmp_path: Path) -> None:
     for at in ("last", "mean"):
         found = extract(case.model(), tokenizer, PLAIN, point=ALL_BUT_POST, at=at)
         for tap in found.taps:
-            assert miss(found.at(tap), mean_gap(case, texts, tap, at, 0)) <= EXTRACTED
+            expected = mean_gap(case, texts, tap, at, 0)
+            assert miss(found.at(tap), expected) <= EXTRACTED
+            assert_norms(found, case, texts, tap, at)
+            if at == "mean":  # position 0, the attention sink, is left out without a BOS, too
+                with_sink = mean_gap(case, texts, tap, at, -1)
+                assert miss(with_sink, expected) > EFFECT * EXTRACTED
