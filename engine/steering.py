@@ -155,7 +155,9 @@ class Steering:
         scale = abs(float(self.scale_at(tap)))
         if self.mode == "ablate":
             return scale * LARGEST_STATE
-        return scale if self.mode == "clamp" else scale * float(self.vector_at(tap).detach().double().norm())
+        if self.mode == "clamp":
+            return scale
+        return scale * float(self.vector_at(tap).detach().double().norm())
 
     def mask(self, prompt_length: int, capacity: int) -> Tensor:
         """[capacity] bool: the positions that are edited."""

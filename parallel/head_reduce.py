@@ -28,7 +28,7 @@ from ..kernels.target_logits import target_logits
 from .collectives import gather_over, reduce_over
 from .group import Axes
 from .packing import Field, RowLayout
-from .vocab import Head
+from .vocab import Head, local_rows
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ def token_logits(x: Tensor, head: Head, token_ids: Tensor) -> Tensor:
 
     x [R, d] normed rows; token_ids [n] int64 inside the vocabulary.
     """
-    return reduce_over(x.float() @ local_rows(head, token_ids).float().T, head.axes)
+    return reduce_over(
+        x.float() @ local_rows(head.weight, head.vocab, token_ids).float().T, head.axes
+    )
 
 
 @torch.no_grad()
@@ -129,16 +131,7 @@ def head_rows(head: Head, token_ids: Tensor) -> Tensor:
 
     In the weight's dtype, and exact: each row is one rank's, and zero on the others.
     """
-    return reduce_over(local_rows(head, token_ids), head.axes)
-
-
-def local_rows(head: Head, token_ids: Tensor) -> Tensor:
-    """The rows [n, d] that this rank holds of n ids, zero for ids of other ranks."""
-    local = token_ids - head.vocab.start
-    is_mine = (local >= 0) & (local < head.vocab.size)
-    if head.vocab.size == 0:
-        return head.weight.new_zeros(len(token_ids), head.weight.shape[1])
-    return head.weight[local.where(is_mine, 0)].where(is_mine[:, None], 0)
+    return reduce_over(local_rows(head.weight, head.vocab, token_ids), head.axes)
 
 
 def _target(x: Tensor, head: Head, target_ids: Tensor, scale: Tensor | None, k: int) -> Target:

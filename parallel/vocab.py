@@ -25,10 +25,16 @@ def vocab_rows(weight: Tensor, vocab: Span, token_ids: Tensor, parallel: TensorP
     """
     if parallel.size == 1:
         return F.embedding(token_ids, weight)
+    return reduce_from_ranks(local_rows(weight, vocab, token_ids), parallel)
+
+
+def local_rows(weight: Tensor, vocab: Span, token_ids: Tensor) -> Tensor:
+    """Rows [..., d] of this rank's part of a table, zero for ids [...] of other ranks."""
+    if weight.shape[0] == 0:
+        return weight.new_zeros(*token_ids.shape, weight.shape[1])
     is_local = (token_ids >= vocab.start) & (token_ids < vocab.stop)
     local_ids = (token_ids - vocab.start).where(is_local, 0)
-    rows = F.embedding(local_ids, weight) * is_local[..., None]
-    return reduce_from_ranks(rows, parallel)
+    return F.embedding(local_ids, weight) * is_local[..., None]
 
 
 class VocabEmbedding(nn.Module):
