@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .extract import extract_encoded as extract_encoded
     from .labels import PromptForm as PromptForm
     from .labels import label_of as label_of
+    from .layer_sums import LayerMetrics as LayerMetrics
+    from .monitor import LensMonitor as LensMonitor
     from .pair_states import pair_states as pair_states
     from .pairs import Pair as Pair
     from .pairs import read_pairs as read_pairs

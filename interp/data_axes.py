@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
 
 from ..model.arguments import all_of
+from ..parallel.group import Axes, TensorParallel
 from ..parallel.layouts import axis_name
 
 
@@ -27,7 +29,7 @@ def data_axes_of(
     if given is not None:
         names = tuple(all_of(given, str, "data_axes", "names of mesh axes"))
         return lambda weight: names
-    if model is None or not any(isinstance(each, FSDPModule) for each in model.modules()):
+    if model is None or not _is_under_fsdp(model):
         return lambda weight: ()
     mesh, index = _fsdp_axis(model)
     name = axis_name(mesh, index)
@@ -38,6 +40,21 @@ def data_axes_of(
         return (name,) if is_split else ()
 
     return data_axes
+
+
+def data_ranks_of(model: nn.Module) -> Axes:
+    """The axes along which ranks hold other texts: of FSDP2, HSDP, or DistributedDataParallel."""
+    if isinstance(model, DistributedDataParallel):
+        return (TensorParallel.from_group(model.process_group),)
+    if not _is_under_fsdp(model):
+        return ()
+    mesh, index = _fsdp_axis(model)
+    # axes before FSDP2's own hold copies of what it splits
+    return tuple(TensorParallel.from_group(mesh.get_group(axis)) for axis in range(index + 1))
+
+
+def _is_under_fsdp(model: nn.Module) -> bool:
+    return any(isinstance(each, FSDPModule) for each in model.modules())
 
 
 def _fsdp_axis(model: nn.Module) -> tuple[DeviceMesh, int]:

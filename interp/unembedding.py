@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels.rmsnorm_steer import rmsnorm_steer
 from ..model.arguments import integer, integers
-from ..parallel.group import TensorParallel
+from ..parallel.group import Axes, TensorParallel
 from ..parallel.head_reduce import HeadResult, head_rows, reduce_head
 from ..parallel.layouts import NO_MESH, check_slices, vocab_slice, whole_tensor
 from ..parallel.vocab import Head
@@ -99,6 +99,11 @@ class Unembedding:
     def vocab_size(self) -> int:
         """How many ids there are on all ranks together."""
         return self._head()[0].vocab.full
+
+    @property
+    def axes(self) -> Axes:
+        """The axes over which the head is split at the moment."""
+        return self._head()[0].axes
 
     def normed(self, states: Tensor) -> Tensor:
         """The final norm of states [..., d], in their dtype or the weight's, the wider one."""

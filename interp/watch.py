@@ -56,11 +56,10 @@ class Watch:
     ) -> None:
         self._is_open = self._in_pass = False
 
-    def remove(self) -> None:
-        """Take the hooks out of the model, and let go of the states."""
+    def close(self) -> None:
+        """Take the hooks out of the model; the states of the last pass stay."""
         self._is_open = self._in_pass = False
         self._hooks.close()
-        self._states = {}
 
     @property
     def states(self) -> dict[Tap, Tensor]:
@@ -97,7 +96,7 @@ class Watch:
         if not self._in_pass:
             return
         with torch.no_grad():
-            copy = _rows(whole_tensor(x.detach()), self._positions)
+            copy = self.kept(tap, whole_tensor(x.detach()))
         self._held_bytes += copy.numel() * copy.element_size()
         if self._held_bytes > self._most_bytes:
             raise ValueError(
@@ -105,6 +104,10 @@ class Watch:
                 f"layer {tap.layer}: name fewer layers, points or positions, or raise most_bytes"
             )
         self._states[tap] = copy
+
+    def kept(self, tap: Tap, x: Tensor) -> Tensor:
+        """A copy of what is kept of a state [B, T, d]."""
+        return _rows(x, self._positions)
 
 
 @contextmanager
@@ -138,7 +141,7 @@ def watch(
         with watching:
             yield watching
     finally:
-        watching._hooks.close()
+        watching.close()
 
 
 def _checked(positions: Positions) -> str | list[int]:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from others import is_clean
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaForCausalLM
 
@@ -34,10 +35,6 @@ def ids(lm: LanguageModel) -> Tensor:
 
 def vector(seed: int, d: int = 128) -> Tensor:
     return torch.randn(d, generator=torch.Generator().manual_seed(seed))
-
-
-def is_clean(model: nn.Module) -> bool:
-    return not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
 
 
 EDITS = {

@@ -8,38 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from others import IDS, is_clean, llama, qwen3
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM
 
 from shardlens import load
 from shardlens.interp import Unembedding, Watch, watch
 from shardlens.model import DEMO, POINTS, Tap
-
-SHAPE = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
-IDS = torch.arange(14).view(2, 7) * 5 % 97
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE))
-
-
-def qwen3() -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SHAPE))
-
-
-def is_clean(model: nn.Module) -> bool:
-    return not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +140,7 @@ def test_a_watch_that_is_opened_and_closed_under_a_compiler() -> None:
                 compiled(IDS)
             assert len(watching.states) == 3
     assert counter.frame_count == 2
-    watching.remove()
+    watching.close()
     assert is_clean(model)
 
 
