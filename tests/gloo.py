@@ -11,13 +11,14 @@ from typing import Any
 
 
 def on_ranks(
-    worker: Path, size: int, store: Path, *words: str, python: str = sys.executable
+    worker: Path, size: int, store: Path, *words: str, variables: dict[str, str] | None = None
 ) -> list[dict[str, Any]]:
     """The JSON lines that ranks print, in order of rank: `worker RANK SIZE STORE WORD...`."""
     environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
+    environment |= variables or {}
     processes = [
         subprocess.Popen(
-            [python, str(worker), str(rank), str(size), str(store), *words],
+            [sys.executable, str(worker), str(rank), str(size), str(store), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -26,7 +27,7 @@ def on_ranks(
         for rank in range(size)
     ]
     try:
-        outputs = [process.communicate(timeout=180) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -21,8 +21,7 @@ import shardlens
 from shardlens.engine import LensSpec, Request, Sampling, Steering
 from shardlens.engine.record import first_not_finite, pack_rows
 from shardlens.model import POINTS, RowTaps, Tap, TapBuffer, Transformer
-from shardlens.parallel import TensorParallel
-from shardlens.parallel.head_reduce import HeadResult
+from shardlens.parallel import HeadResult, TensorParallel
 
 PROMPTS = [[5, 17, 300, 9, 44, 2, 71], [8, 3, 120], [501, 502, 9, 9]]
 SINGLE = TensorParallel.single()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import pytest
 
 from shardlens.cli import main
 from shardlens.model import DEMO
-from shardlens.tokenizer import paths
 
 CPU = ["--device", "cpu"]
 LONG = "9" * 400
@@ -49,10 +49,10 @@ def test_a_name_in_an_index(name: str, tmp_path: Path, capsys: Any) -> None:
     assert "File name too long" in capsys.readouterr().err
 
 
-def test_a_file_too_large(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(paths, "LARGEST_JSON_BYTES", 2**20)
+def test_a_file_too_large(tmp_path: Path, capsys: Any) -> None:
     pairs = tmp_path / "p.jsonl"
-    pairs.write_text('{"positive": "a", "negative": "b"}\n' * 40_000)
+    pairs.touch()
+    os.truncate(pairs, 65 << 20)
     words = ["steer", "extract", "demo", "--pairs", str(pairs), "--out", str(tmp_path / "v.gguf")]
     assert main([*words, *CPU]) == 2
-    assert "larger than 1 MiB" in capsys.readouterr().err
+    assert "larger than 64 MiB" in capsys.readouterr().err
