@@ -31,7 +31,6 @@ INTERNALS = {
     " engine.step parallel.head_reduce",
     "engine/test_graphs.py": "engine.engine engine.memory engine.runner engine.step"
     " kernels.triton_shim",
-    "engine/test_not_finite.py": "engine.record",
     "engine/test_plan.py": "engine.limits engine.memory engine.plan kernels.head_cut",
     "engine/test_record.py": "engine.record",
     "engine/test_sampling.py": "engine.sampling",

@@ -19,9 +19,8 @@ from torch import Tensor
 
 import shardlens
 from shardlens.engine import LensSpec, Request, Sampling, Steering
-from shardlens.engine.record import first_not_finite, pack_rows
 from shardlens.model import POINTS, RowTaps, Tap, TapBuffer, Transformer
-from shardlens.parallel import HeadResult, TensorParallel
+from shardlens.parallel import TensorParallel
 
 PROMPTS = [[5, 17, 300, 9, 44, 2, 71], [8, 3, 120], [501, 502, 9, 9]]
 SINGLE = TensorParallel.single()
@@ -229,28 +228,6 @@ def test_no_piece_that_is_not_finite_is_handed_over(checkpoint: Path) -> None:
         )
     )
     assert pieces and all(piece.entropy.isfinite().all() for _, piece in pieces)
-
-
-def test_candidates_without_probability_are_no_fault() -> None:
-    """A logit of -inf beside finite ones; but no row whose best is not finite."""
-    logprobs = torch.tensor([[-0.1, -2.4, -math.inf]]).expand(4, 3).contiguous()
-    rows = HeadResult(
-        token_ids=torch.tensor([[4, 7, 0]]).expand(4, 3),
-        logits=logprobs,
-        logprobs=logprobs,
-        logsumexp=torch.zeros(4),
-        entropy=torch.full((4,), 0.3),
-        target_logprob=torch.tensor([math.nan, -math.inf, -1.0, math.nan]),
-        target_rank=torch.tensor([-1, 2, 1, -1]),
-        kl_to_final=torch.zeros(4),
-    )
-    assert first_not_finite(pack_rows(rows, 3).unflatten(0, (2, 2))) is None
-    rows.kl_to_final[0] = math.inf  # as of all rows, where the final one is not finite
-    assert first_not_finite(pack_rows(rows, 3).unflatten(0, (2, 2))) == (0, 0)
-    rows.entropy[3] = math.nan
-    assert first_not_finite(pack_rows(rows, 2).unflatten(0, (2, 2))) == (1, 1)
-    rows.logprobs[2, 0] = math.nan
-    assert first_not_finite(pack_rows(rows, 1).unflatten(0, (2, 2))) == (1, 0)
 
 
 def test_a_temperature_too_small_for_float32() -> None:
