@@ -22,8 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..model.gguf_files import BROKEN
+from ..model.arguments import number
+from ..model.gguf_header import GGUF_BROKEN, gguf_reader
 from ..model.points import POINTS, Tap
+from ..model.safetensors_files import check_header
+from ..tokenizer.paths import check_regular
 from .files import replacing
 from .tap_names import tap_name
 from .vector_fields import Origin, VectorFields
@@ -55,6 +58,7 @@ def read_fields(path: Path, n_layers: int | None = None) -> VectorFields:
     n_layers: the model's depth, for files of other tools, which do not say it.
     """
     check_format(path)
+    check_regular(path)
     with naming_file(path):
         return _format(path).read(path, n_layers)
 
@@ -100,10 +104,11 @@ def _write_safetensors(fields: VectorFields, path: Path) -> None:
 
 def _read_safetensors(path: Path, _: int | None) -> VectorFields:
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"this is not a whole safetensors file ({error})") from None
     if metadata.get("format") != FORMAT:
         raise ValueError("this safetensors file does not hold steering vectors of shardlens")
@@ -163,12 +168,12 @@ def _block_of(tap: Tap) -> int:
 
 
 def _read_gguf(path: Path, n_layers: int | None) -> VectorFields:
-    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf import GGMLQuantizationType
 
     try:
-        reader = GGUFReader(path)
+        reader = gguf_reader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except BROKEN as error:
+    except GGUF_BROKEN as error:
         raise ValueError(f"this is not a whole gguf file ({error})") from None
     if fields.get("general.architecture") != ARCHITECTURE:
         raise ValueError(
@@ -243,7 +248,9 @@ class _Texts(dict[str, str]):
     def _object(self, name: str) -> dict[str, Any]:
         try:
             content = json.loads(self.text(name))
-        except json.JSONDecodeError as error:
+        except RecursionError:
+            raise ValueError(f"metadata {name} is nested too deep") from None
+        except ValueError as error:
             raise ValueError(f"metadata {name} is no JSON: {error}") from None
         if not isinstance(content, dict):
             raise ValueError(f"metadata {name} is no JSON object")
@@ -252,9 +259,7 @@ class _Texts(dict[str, str]):
     def norms(self) -> dict[Tap, float]:
         norms = {}
         for name, norm in self._object("resid_norms").items():
-            if not isinstance(norm, int | float):
-                raise ValueError(f"metadata resid_norms: {norm!r} is no number")
-            norms[_parse_tap(name)] = float(norm)
+            norms[_parse_tap(name)] = number(norm, f"metadata resid_norms: {name[:80]}")
         return norms
 
     def origin(self) -> Origin:

@@ -16,7 +16,8 @@ from ..model.points import POINTS, Tap
 LARGEST_BYTES = 256 * 2**20  # of a file: a million cells, which is 13,000 positions of 80 layers
 LARGEST = 2**31 - 1  # of ids, positions, layers and ranks
 FLOATS = (-3.4e38, 3.4e38)  # what float32 holds
-LOGPROBS = (-3.4e38, 0.01)  # rounding may put one a little above 0
+ROUNDING = 0.01  # by which float32 may pass a bound that exact numbers keep
+LOGPROBS = (-3.4e38, ROUNDING)
 
 NUMBERS = (
     *("positions", "targets", "token_ids", "logprobs", "entropy"),
@@ -54,6 +55,8 @@ def read_fields(content: Any) -> dict[str, Any]:
     _check_targets(tensors)
     input_ids = content.get("input_ids", [])
     _check_all("input_ids", input_ids, [_length(input_ids, "input_ids")], *WHOLE)
+    if any(before >= after for before, after in itertools.pairwise(content["positions"])):
+        raise ValueError("positions do not rise")
     if input_ids and any(at >= len(input_ids) for at in content["positions"]):
         raise ValueError(f"positions go beyond the {len(input_ids)} tokens of input_ids")
     return {
@@ -74,8 +77,8 @@ def _is_target(value: Any) -> bool:
     return _is_whole(value, -1)
 
 
-def _is_float(value: Any) -> bool:
-    return type(value) in (int, float) and FLOATS[0] <= value <= FLOATS[1]
+def _is_nats(value: Any) -> bool:
+    return type(value) in (int, float) and -ROUNDING <= value <= FLOATS[1]
 
 
 def _is_logprob(value: Any) -> bool:
@@ -89,7 +92,7 @@ def _is_logprob_or_none(value: Any) -> bool:
 # a check of a number, and what is said where it fails
 WHOLE: tuple[Check, str] = (_is_whole, f"a whole number from 0 to {LARGEST}")
 TARGET: tuple[Check, str] = (_is_target, f"a whole number from -1 to {LARGEST}")
-FLOAT: tuple[Check, str] = (_is_float, "a finite number")
+NATS: tuple[Check, str] = (_is_nats, "a finite number from 0")
 LOGPROB: tuple[Check, str] = (_is_logprob, "a finite number up to 0")
 LOGPROB_OR_NONE: tuple[Check, str] = (_is_logprob_or_none, "a finite number up to 0, or null")
 
@@ -123,10 +126,10 @@ def _tensors(content: Mapping[str, Any], n_taps: int) -> dict[str, Tensor]:
         "targets": tensor("targets", by_position, *TARGET, whole),
         "token_ids": tensor("token_ids", by_candidate, *WHOLE, whole),
         "logprobs": tensor("logprobs", by_candidate, *LOGPROB, real),
-        "entropy": tensor("entropy", by_tap, *FLOAT, real),
+        "entropy": tensor("entropy", by_tap, *NATS, real),
         "target_logprob": tensor("target_logprob", by_tap, *LOGPROB_OR_NONE, real),
         "target_rank": tensor("target_rank", by_tap, *TARGET, whole),
-        "kl_to_final": tensor("kl_to_final", by_tap, *FLOAT, real),
+        "kl_to_final": tensor("kl_to_final", by_tap, *NATS, real),
     }
 
 

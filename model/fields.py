@@ -6,7 +6,7 @@ refused here by name, before any loop or allocation depends on it.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -54,7 +54,8 @@ class Fields:
         if name not in self:
             return value
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high:
+        # compared before anything is converted: a whole number may be too large for a float
+        if not is_number or not low <= value <= high:
             raise self.error(name, f"not a number from {low:g} to {high:g}")
         return float(value)
 
@@ -110,7 +111,19 @@ class Fields:
 def shown(value: Any) -> str:
     """A stranger's value for a message: on one line, in ASCII, and short."""
     try:
-        text = " ".join(ascii(value).split())
+        text = " ".join(ascii(_head(value)).split())
     except (ValueError, RecursionError):  # a whole number of thousands of digits; nesting
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _head(value: Any, depth: int = 80) -> Any:
+    """The part of a value that 80 characters can show, of one that may hold millions."""
+    if isinstance(value, str):
+        return value[:100]
+    if isinstance(value, list) and depth:
+        return [_head(item, depth - 1) for item in value[:40]]
+    if isinstance(value, dict) and depth:
+        items = itertools.islice(value.items(), 40)
+        return {_head(name): _head(item, depth - 1) for name, item in items}
+    return [] if isinstance(value, list | dict) else value

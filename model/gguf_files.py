@@ -18,14 +18,13 @@ import numpy as np
 from ..parallel.spans import Span
 from ..tokenizer.paths import check_regular
 from .config import ModelConfig
+from .gguf_header import GGUF_BROKEN, gguf_reader
 from .rope_config import RopeScaling
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
     from torch import Tensor
 
-# gguf's reader raises these where a file ends early or holds numbers that mean nothing.
-BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError)
 _TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -68,7 +67,7 @@ class GgufFile:
         """All keys and their values."""
         try:
             return {name: field.contents() for name, field in self._reader.fields.items()}
-        except BROKEN as error:
+        except GGUF_BROKEN as error:
             raise ValueError(f"{self.origin} has broken metadata ({error})") from None
 
     @cached_property
@@ -189,16 +188,13 @@ def _refuse_others(keys: Mapping[str, Any], origin: str) -> None:
 
 
 def _opened(path: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
     check_regular(path)
     try:
-        reader = GGUFReader(path)
+        reader = gguf_reader(path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (OSError, *BROKEN) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not a whole gguf file ({reason})") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole gguf file ({error})") from None
     for tensor in reader.tensors:
         if tensor.tensor_type.name not in _TYPES:
             raise ValueError(

@@ -20,6 +20,7 @@ from .fields import Fields, shown
 from .safetensors_files import opened
 from .stored import Weights
 
+MOST_PATTERNS = 2_000  # each is compared with each module's name
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(
     r"(?:base_model\.model\.)?(.+?)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?"
@@ -90,7 +91,18 @@ def _read_config(directory: Path) -> Fields:
 
 
 def _scale(config: Fields, module: str, rank: int) -> float:
-    """s of a module: r and alpha may differ by a pattern of its name, of which the first counts."""
+    """s of a module: r and alpha may differ by a pattern of its name, of which the first counts.
+
+    Raises ValueError where the config says another r than the tensors have.
+    """
+    given = _by_pattern(config, "rank_pattern", module)
+    if given is None:
+        given = config.integer("r", 1, 2**16, rank)
+    if given != rank:
+        raise ValueError(
+            f"{config.source} gives {shown(module)} an r of {given:g}, where its A and B have "
+            f"{rank}"
+        )
     alpha = _by_pattern(config, "alpha_pattern", module)
     if alpha is None:
         alpha = config.number("lora_alpha", 0.0, 1e6)
@@ -99,6 +111,8 @@ def _scale(config: Fields, module: str, rank: int) -> float:
 
 def _by_pattern(config: Fields, name: str, module: str) -> float | None:
     patterns = config.object(name)
+    if patterns is not None and len(patterns.names()) > MOST_PATTERNS:
+        raise ValueError(f"{config.source}: {name} has more than {MOST_PATTERNS:,} patterns")
     for pattern in [] if patterns is None else patterns.names():
         assert patterns is not None
         if not re.fullmatch(r"[\w.]+", pattern):

@@ -19,6 +19,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Tensors that no layer here computes with, whatever the model: frequencies that are derived,
 # masks of older versions, scales of a quantised cache, the value head of RLHF.
 SKIPPED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|[kv]_scale|kv_scale)$|^v_head\.")
+MOST_HEADER_BYTES = 8 * 2**20  # some 60,000 tensors in one file
+MOST_TENSORS = 200_000  # 1,024 layers of FP8 with their scales have 20,000
 _FLOATS = {"F64", "F32", "BF16", "F16"}
 _FP8 = "F8_E4M3"
 _SCALE = "_scale_inv"  # of blocks of an FP8 weight: what they are multiplied by
@@ -116,6 +118,10 @@ def weight_files(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
+    if len(weight_map) > MOST_TENSORS:
+        raise ValueError(
+            f"{index} names {len(weight_map):,} tensors: at most {MOST_TENSORS:,} are read"
+        )
     for name, file in weight_map.items():
         is_plain = isinstance(file, str) and file == Path(file).name and "\\" not in file
         if not is_plain or file in ("", ".."):
@@ -147,12 +153,23 @@ def _files(directory: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
+def check_header(path: Path) -> None:
+    """Raise ValueError with the reason for a header that no model needs: each opening parses it."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MOST_HEADER_BYTES:
+        raise ValueError(
+            f"it says that its header has {size:,} bytes: at most {MOST_HEADER_BYTES:,} are read"
+        )
+
+
 def opened(path: Path) -> safe_open:
     """The tensors of one file. Raises ValueError for a file that is missing or broken."""
     check_regular(path)
     try:
+        check_header(path)
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: fetch it from the model") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from None

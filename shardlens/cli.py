@@ -35,6 +35,8 @@ COMMANDS = {
 
 REFUSED, LOST_CONTACT, UNWRITTEN, INTERRUPTED = 2, 3, 4, 130  # exit codes
 
+MOST_SAID = 1200  # characters of an error
+
 # torchrun answers 1 for whatever code its ranks end with. A launcher that wants the true code
 # names a file here; then a rank that refuses bad input writes its code there and ends with 0.
 EXIT_CODE_FILE = "SHARDLENS_EXIT_CODE_FILE"
@@ -146,10 +148,15 @@ def _leave_ranks() -> None:
         dist.destroy_process_group()
 
 
+def _shortened(line: str) -> str:
+    """A line that may repeat a word of any length, with its beginning and its end."""
+    return line if len(line) <= MOST_SAID else f"{line[: MOST_SAID - 300]} ... {line[-300:]}"
+
+
 def _refuse(message: str, code: int) -> int:
     if is_printing_rank():
         with suppress(OSError):  # nobody may be there to read it
-            print(f"shardlens: {one_line(message)}", file=sys.stderr, flush=True)
+            print(f"shardlens: {_shortened(one_line(message))}", file=sys.stderr, flush=True)
     code_file = os.environ.get(EXIT_CODE_FILE)
     if code_file is None:
         return code

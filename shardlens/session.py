@@ -58,7 +58,10 @@ class Session:
         with agreed(self.parallel):
             if not prompt:
                 raise ValueError("the prompt is empty: give at least one character")
-            return encode_prompt(self.tokenizer, prompt, form)
+            ids = encode_prompt(self.tokenizer, prompt, form)
+            if not ids:
+                raise ValueError("the chat template writes nothing for this prompt")
+            return ids
 
     def check_stop(self, stop: Sequence[str]) -> None:
         """Refuse stop texts that no text can hold, before the model is loaded."""

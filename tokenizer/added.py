@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .encoding import Encoded, Span
+from .encoding import MOST_ADDED, Encoded, Span, check_count
+
+_FLAGS = ("special", "lstrip", "rstrip", "single_word")
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,15 @@ class AddedToken:
         content = entry.get("content") if isinstance(entry, Mapping) else None
         if not isinstance(content, str) or not content:
             raise ValueError(f"{path}: the added token with id {id} has no content")
-        flags = {name: entry.get(name) is True for name in ("lstrip", "rstrip", "single_word")}
-        special = entry.get("special") is True
-        normalized = entry.get("normalized", not special) is True
-        return cls(id=id, content=content, special=special, normalized=normalized, **flags)
+        flags = {name: entry.get(name, False) for name in _FLAGS}
+        flags["normalized"] = entry.get("normalized", not flags["special"])
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ValueError(
+                    f"{path}: {name} of the added token with id {id} is {ascii(flag)[:80]}, not "
+                    "true or false"
+                )
+        return cls(id=id, content=content, **flags)
 
     @property
     def pattern(self) -> str:
@@ -88,6 +95,7 @@ def configured_tokens(settings: Mapping[str, Any], path: Path | str) -> list[Add
     listed = settings.get("added_tokens_decoder") or {}
     if not isinstance(listed, Mapping):
         raise ValueError(f"{path}: added_tokens_decoder is not a JSON object")
+    check_count(len(listed), MOST_ADDED, "added tokens", path)
     tokens = []
     for id, entry in listed.items():
         if not id.isascii() or not id.isdigit() or len(id) > 9:
@@ -101,6 +109,7 @@ def named_tokens(names: Mapping[str, Any], path: Path | str) -> list[AddedToken]
 
     Raises ValueError, naming the file, for an id that is no number.
     """
+    check_count(len(names), MOST_ADDED, "added tokens", path)
     for text, id in names.items():
         if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < 10**9 or not text:
             raise ValueError(f"{path}: token {text[:40]!r} has the id {str(id)[:40]}, not a number")

@@ -21,6 +21,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from .paths import check_regular, read_text
 from .template_environment import BoundedEnvironment
 from .visible import one_line
 
@@ -137,8 +138,9 @@ def find_chat_template(directory: Path, settings: Mapping[str, Any]) -> str | No
     of named templates the one named "default" is taken. Raises ValueError for anything else.
     """
     file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if file.exists() or file.is_symlink():  # a link to nothing is no reason to do without
+        check_regular(file)
+        return read_text(file, "a chat template")
     found = settings.get("chat_template")
     if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
         named = [entry for entry in found if entry.get("name") == "default"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from .visible import running
@@ -13,6 +14,8 @@ Span = tuple[int, int]  # the first character of a text, and the one after the l
 
 SPACE = "\u2581"  # how vocabularies of sentencepiece's kind write a space
 _LONE = re.compile("[\ud800-\udfff]")  # halves of characters, and bytes that are no UTF-8
+MOST_TOKENS = 1_000_000  # of a vocabulary, and of its merges; Llama 3 has 280,000 of these
+MOST_ADDED = 200_000  # tokens
 MOST_CHARACTERS = 4_000_000  # of one text: its encoding then takes seconds and under 1 GB
 
 
@@ -55,6 +58,12 @@ class Encoder(Protocol):
         text follows a token, so that it is not the start of a text.
         """
         ...
+
+
+def check_count(n: int, most: int, what: str, path: Path | str) -> None:
+    """Raise ValueError naming the file for one that holds too many of something to be read."""
+    if n > most:
+        raise ValueError(f"{path} holds {n:,} {what}: at most {most:,} are read")
 
 
 def check_text(text: str) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .added import AddedToken, configured_tokens, named_tokens
-from .encoding import Encoder
+from .encoding import MOST_TOKENS, Encoder, check_count
 from .hugging_face import HuggingFaceEncoder
 from .json_file import read_json
+from .paths import read_bytes, read_text
 from .rank_file import RankFileEncoder, is_rank_file
 from .split_rules import byte_level_spec
 from .spm import SentencePieceEncoder
@@ -40,21 +41,22 @@ def read_encoder(directory: Path, settings: Mapping[str, Any]) -> Encoder:
     """
     config_path = directory / "tokenizer_config.json"
     configured = configured_tokens(settings, config_path)
+    adds_bos = _flag(settings, "add_bos_token", True, config_path)
+    adds_eos = _flag(settings, "add_eos_token", False, config_path)
     json_path, model_path = directory / "tokenizer.json", directory / "tokenizer.model"
     if _is_there(json_path):
         return HuggingFaceEncoder(read_json(json_path), configured, path=json_path)
     added = _with_named(configured, directory, settings)
     if model_path.is_file():
-        with model_path.open("rb") as file:
-            head = file.read(4096)
-        if is_rank_file(head):
-            return RankFileEncoder(model_path, added)
+        content = read_bytes(model_path, "a vocabulary")
+        if is_rank_file(content):
+            return RankFileEncoder(content, added, path=model_path)
         return SentencePieceEncoder(
-            model_path.read_bytes(),
+            content,
             added,
             spaced=settings.get("legacy") is True,
-            adds_bos=_flag(settings, "add_bos_token", True, config_path),
-            adds_eos=_flag(settings, "add_eos_token", False, config_path),
+            adds_bos=adds_bos,
+            adds_eos=adds_eos,
             path=model_path,
         )
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
@@ -83,10 +85,8 @@ def _from_merges(
             f"{path}: how it splits text is not known (tokenizer_class {name!r}, model_type "
             f"{model_type!r}); put the model's tokenizer.json beside it"
         )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; fetch the file again") from None
+    lines = read_text(path, "merges").splitlines()
+    check_count(len(lines), MOST_TOKENS, "merges", path)
     merges = [line for line in lines if line and not line.startswith("#version")]
     spec = byte_level_spec(rule, read_json(directory / "vocab.json"), merges, added=())
     return HuggingFaceEncoder(spec, added, path=path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import unicodedata
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +19,19 @@ from typing import Any
 import tokenizers
 
 from .added import AddedToken
-from .encoding import SPACE, Encoded, Span, check_text, library_errors
+from .encoding import (
+    MOST_TOKENS,
+    SPACE,
+    Encoded,
+    Span,
+    check_count,
+    check_text,
+    library_errors,
+)
 
 _PROBE = "a b"
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+MOST_RULES = 8_000_000  # characters of each of these; a normaliser may be a table of 500,000
 
 
 class HuggingFaceEncoder:
@@ -169,6 +180,9 @@ def _adapted(spec: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
             f"{path}: BPE with dropout {spec['model']['dropout']!r} gives other ids at each call; "
             "set it to null"
         )
+    _check_sizes(spec, path)
+    if not all(isinstance(step.get("type"), str) for step in _steps(spec)):
+        raise ValueError(f"{path} cannot be read: a step of it has no type; fetch the file again")
     adapted = {**spec, "padding": None, "truncation": None}
     with library_errors(f"{path} cannot be read"):  # nested too deep
         adapted["post_processor"] = copy.deepcopy(spec.get("post_processor"))
@@ -178,13 +192,25 @@ def _adapted(spec: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
     return adapted
 
 
+def _check_sizes(spec: Mapping[str, Any], path: Path | str) -> None:
+    """Raise ValueError naming the file for parts so large that the library would take gigabytes."""
+    for name in ("vocab", "merges"):
+        part = spec["model"].get(name)
+        if isinstance(part, list | dict):
+            check_count(len(part), MOST_TOKENS, f"entries of {name}", path)
+    for name in _PARTS:
+        with library_errors(f"{path} cannot be read"):  # nested too deep
+            size = len(json.dumps(spec.get(name)))
+        check_count(size, MOST_RULES, f"characters of {name}", path)
+
+
 def _steps(spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every step of the normaliser, the pre-tokenizer, the post-processor and the decoder."""
     lists = ("normalizers", "pretokenizers", "processors", "decoders")
-    parts = [spec.get(n) for n in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    parts = [spec.get(name) for name in _PARTS]
     while parts:
         part = parts.pop()
-        if isinstance(part, dict) and isinstance(part.get("type"), str):
+        if isinstance(part, dict):
             yield part
             for name in lists:
                 inner = part.get(name)
@@ -229,16 +255,31 @@ def _whole(offsets: Sequence[Span], text: str) -> list[Span]:
     covered = bytearray(len(text) + 1)
     for start, end in offsets:
         covered[start:end] = b"\1" * (end - start)
+    taken = _run_ends([not covered[at] and not text[at].isspace() for at in range(len(text))])
+    ends = _run_ends(accents)
+    starts, first = array("Q"), 0
+    for at, is_accent in enumerate(accents):
+        first = first if is_accent and at and accents[at - 1] else at
+        starts.append(first)
     spans = []
     for start, end in offsets:
-        while start < end < len(text) and not covered[end] and not text[end].isspace():
-            end += 1
-        while start < end < len(text) and accents[end - 1] and accents[end]:
-            end += 1
-        while 0 < start < end and accents[start - 1] and accents[start]:
-            start -= 1
+        if start < end < len(text):
+            end = taken[end]
+        if start < end < len(text) and accents[end - 1]:
+            end = ends[end]
+        if 0 < start < end:
+            start = starts[start]
         spans.append((start, end))
     return spans
+
+
+def _run_ends(holds: Sequence[bool]) -> array[int]:
+    """For each index the first one from there on that does not hold; each is looked at once."""
+    ends, end = array("Q", bytes(8 * len(holds))), len(holds)
+    for at in reversed(range(len(holds))):
+        end = end if holds[at] else at
+        ends[at] = end
+    return ends
 
 
 def _is_byte(token: str) -> bool:

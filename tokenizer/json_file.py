@@ -8,6 +8,9 @@ from typing import Any
 
 from .paths import check_regular, read_text
 
+# An empty list is 3 bytes in a file and 64 in memory.
+MOST_LISTS = 6_000_000
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a file holds.
@@ -21,6 +24,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_object(path: Path, what: str, most_bytes: int | None = None) -> dict[str, Any]:
     """The object that a file holds, as `read_text` reads it. Raises ValueError naming the file."""
     text = read_text(path, what, most_bytes)
+    if text.count("[") + text.count("{") > MOST_LISTS:
+        raise ValueError(f"{path} holds more than {MOST_LISTS:,} lists; give {what}")
     try:
         content = json.loads(text)
     except RecursionError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Of JSON, so that what is parsed stays below 2 GiB whatever it is: a 3-byte list takes 64 bytes.
-LARGEST_JSON_BYTES = 64 * 2**20
+# So that what is parsed stays below 2 GiB whatever it is: in JSON a 3-byte list takes 64 bytes.
+LARGEST_BYTES = 64 * 2**20
 
 
 def user_path(given: str | Path) -> Path:
@@ -36,29 +36,37 @@ def check_regular(path: Path) -> None:
 
 
 def read_text(path: Path, what: str, most_bytes: int | None = None) -> str:
-    """The text of a file in UTF-8, no longer than `most_bytes`, or LARGEST_JSON_BYTES.
+    """The text of a file in UTF-8; see `read_bytes`.
 
-    what: the words for such a file in an error. A mark that some editors put first is left out.
-    Raises ValueError naming a file that is missing, too large, not UTF-8, or not to be read.
+    A mark that some editors put first is left out. Raises ValueError for a file that is not UTF-8,
+    too.
     """
-    most_bytes = LARGEST_JSON_BYTES if most_bytes is None else most_bytes
+    try:
+        return read_bytes(path, what, most_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start:,}; save it in UTF-8") from None
+
+
+def read_bytes(path: Path, what: str, most_bytes: int | None = None) -> bytes:
+    """The content of a file of at most `most_bytes`, by default LARGEST_BYTES.
+
+    what: the words for such a file in an error. Raises ValueError naming a file that is missing,
+    too large, or not to be read.
+    """
+    most = LARGEST_BYTES if most_bytes is None else most_bytes
     try:
         with path.open("rb") as file:
-            data = file.read(most_bytes + 1)
+            data = file.read(most + 1)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give {what}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{str(path)[:200]} cannot be read: {reason}") from None
-    if len(data) > most_bytes:
+    if len(data) > most:
         raise ValueError(
-            f"{path} is larger than {most_bytes >> 20} MiB, the most that is read of "
-            f"{what}; split it"
+            f"{path} is larger than {most >> 20} MiB, the most that is read of {what}; split it"
         )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start:,}; save it in UTF-8") from None
+    return data
 
 
 def _look_at(path: Path) -> None:

@@ -37,8 +37,8 @@ class RankFileEncoder:
 
     drops_leading_space = False
 
-    def __init__(self, path: Path, configured: Sequence[AddedToken]) -> None:
-        ranks = _read_ranks(path)
+    def __init__(self, content: bytes, configured: Sequence[AddedToken], *, path: Path) -> None:
+        ranks = _read_ranks(content, path)
         taken = {token.id for token in configured}
         added = [*configured, *(token for token in _specials() if token.id not in taken)]
         self._added = AddedTokens(added, path=path)
@@ -69,17 +69,17 @@ class RankFileEncoder:
         return self._added.encode(text, special=special, encode_stretch=encode_stretch)
 
 
-def is_rank_file(head: bytes) -> bool:
-    """Returns whether a file that begins with `head` has lines of a base64 token and a rank."""
-    return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", head) is not None
+def is_rank_file(content: bytes) -> bool:
+    """Returns whether a file has lines of a base64 token and a rank, judging by the first."""
+    return re.match(rb"[A-Za-z0-9+/]{1,4096}={0,2} \d{1,9}\r?\n", content) is not None
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def _read_ranks(content: bytes, path: Path) -> dict[bytes, int]:
     """Raises ValueError for a broken line, or for another number of ranks: the file does not hold
     the pattern that splits text, and only Llama 3's is known.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

@@ -70,15 +70,17 @@ class SentencePieceEncoder:
 
         return self._added.encode(text, special=special, encode_stretch=encode_stretch)
 
-    def _characters(self, ids: Sequence[int], offsets: Sequence[Span], start: int) -> list[Span]:
+    def _characters(self, ids: Sequence[int], offsets: list[Span], start: int) -> list[Span]:
         """Spans from `start` on. Of a character in bytes, sentencepiece gives the last one all."""
         spans, end_of_next = list[Span](), 0
-        for id, (first, end) in zip(reversed(ids), reversed(offsets), strict=True):
+        for id in reversed(ids):
+            first, end = offsets.pop()  # the list is given up, which of a long text takes much
             if first == end and self._full.is_byte(id):
                 end = end_of_next
             spans.append((start + first, start + end))
             end_of_next = end
-        return spans[::-1]
+        spans.reverse()
+        return spans
 
 
 def _option(field: int, value: bool) -> bytes:

@@ -215,6 +215,8 @@ class Tokenizer:
         if name not in settings:
             return otherwise
         text = token_name(settings[name])
+        if text is None and settings[name] not in (None, ""):
+            raise ValueError(f"{origin}: its {name} is {ascii(settings[name])[:80]}, not a token")
         if text is not None and text not in self._encoder.added:
             raise ValueError(f"{origin}: its {name} {text!r} is not among its special tokens")
         return None if text is None else self._encoder.added[text]

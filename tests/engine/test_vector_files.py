@@ -320,10 +320,16 @@ def saved_metadata(folder: Path) -> dict[str, str]:
         ({"n_layers": "0"}, "metadata n_layers is '0'"),
         ({"resid_norms": "{"}, "metadata resid_norms is no JSON"),
         ({"resid_norms": "[]"}, "metadata resid_norms is no JSON object"),
-        ({"resid_norms": '{"resid_post.1": "big"}'}, "'big' is no number"),
+        ({"resid_norms": "[" * 100_000}, "metadata resid_norms is nested too deep"),
+        ({"origin": "9" * 5000}, "metadata origin is no JSON"),
+        (
+            {"resid_norms": '{"resid_post.1": 1%s}' % ("0" * 400)},
+            "resid_norms: resid_post.1 is 1000",
+        ),
+        ({"resid_norms": '{"resid_post.1": "big"}'}, "resid_norms: resid_post.1 is 'big'"),
         (
             {"resid_norms": '{"resid_post.1": NaN}'},
-            "norm of the states at resid_post of layer 1 is nan",
+            "resid_norms: resid_post.1 is nan, which is not finite",
         ),
         ({"resid_norms": '{"resid_post.2": 1}'}, "given at resid_post of layer 2, but no vector"),
         ({"origin": None}, "metadata origin is missing"),

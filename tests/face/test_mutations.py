@@ -1,157 +1,184 @@
-"""Files of a model changed at random: each runs rightly or is refused in one line with exit 2.
-
-A fuzz of what strangers may publish: types, nulls, huge and negative numbers, nesting, cuts, lies.
-"""
+"""Files of a model changed at random: each runs rightly or is refused in one line with exit 2."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import resource
 import shutil
-import signal
-import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from mutations import (
+    Mutation,
+    check_refusal,
+    is_refused,
+    limits,
+    mutate_bytes,
+    mutate_header,
+    mutate_json,
+    mutate_lines,
+)
+from published import (
+    copy_of_demo,
+    with_adapter,
+    with_index,
+    with_jinja,
+    with_merges,
+    with_sentencepiece,
+    with_template,
+    write_gguf,
+    write_rank_file,
+)
 
-from shardlens.cli import main
-from shardlens.model import DEMO
-
-SECONDS = 20
-MEMORY_BYTES = 2 * 2**30
-NUMBERS: list[Any] = [True, -1, 0, 1, 1.5, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf")]
-VALUES = [*NUMBERS, None, "", "x", "\x1b[2J", "../x", [], [1], {}, {"a": 1}, [[]], "9" * 400]
-
-
-def mutate(chance: random.Random, value: Any) -> Any:
-    """`value` with one of its parts replaced, dropped, doubled or nested."""
-    if isinstance(value, dict) and value and chance.random() < 0.9:
-        key = chance.choice(list(value))
-        kind = chance.random()
-        if kind < 0.15:
-            return {k: v for k, v in value.items() if k != key}
-        if kind < 0.25:
-            return value | {f"{key}_": value[key]}
-        return value | {key: mutate(chance, value[key])}
-    if isinstance(value, list) and value and chance.random() < 0.7:
-        index = chance.randrange(len(value))
-        return [*value[:index], mutate(chance, value[index]), *value[index + 1 :]]
-    return chance.choice(VALUES)
-
-
-def mutate_json(chance: random.Random, path: Path) -> None:
-    kind = chance.random()
-    text = path.read_text(encoding="utf-8")
-    if kind < 0.05:
-        path.write_text(text[: chance.randrange(len(text))], encoding="utf-8")
-    elif kind < 0.08:
-        path.write_text("[" * 100_000, encoding="utf-8")
-    else:
-        path.write_text(json.dumps(mutate(chance, json.loads(text))), encoding="utf-8")
+from shardlens.tokenizer import Tokenizer
 
 
-def mutate_header(chance: random.Random, path: Path) -> None:
-    """The header of a safetensors file, or bytes anywhere in its first part, or its end."""
-    data = bytearray(path.read_bytes())
-    (length,) = struct.unpack("<Q", data[:8])
-    kind = chance.random()
-    if kind < 0.6:
-        header = json.dumps(mutate(chance, json.loads(data[8 : 8 + length]))).encode()
-        data = bytearray(struct.pack("<Q", len(header))) + header + data[8 + length :]
-    elif kind < 0.8:
-        data = data[: chance.randrange(len(data))]
-    else:
-        for at in (chance.randrange(8 + length) for _ in range(3)):
-            data[at] = chance.randrange(256)
-    path.write_bytes(data)
+class Kind(NamedTuple):
+    file: str
+    change: Mutation
+    prepare: Callable[[Path], object] = lambda folder: None
+    chat: bool = False
 
 
-def with_index(folder: Path) -> None:
-    """One shard under an index."""
-    shard = "model-00001-of-00001.safetensors"
-    (folder / "model.safetensors").rename(folder / shard)
-    data = (folder / shard).read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    names = [name for name in json.loads(data[8 : 8 + length]) if name != "__metadata__"]
-    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def mutate_rank_file(chance: random.Random, path: Path) -> None:
+    mutate_bytes(chance, path, within=chance.choice([300, 1_000_000]))
 
 
-def with_template(folder: Path) -> None:
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
-    config["chat_template"] = [{"name": "default", "template": "{{ messages[0].content }}"}]
-    config["added_tokens_decoder"] = {str(t["id"]): t for t in added}
-    path.write_text(json.dumps(config))
-
-
-Mutation = Callable[[random.Random, Path], None]
-KINDS: dict[str, tuple[str, Mutation, Callable[[Path], None] | None]] = {
-    "config": ("config.json", mutate_json, None),
-    "generation config": ("generation_config.json", mutate_json, None),
-    "tokenizer": ("tokenizer.json", mutate_json, None),
-    "tokenizer config": ("tokenizer_config.json", mutate_json, with_template),
-    "index": ("model.safetensors.index.json", mutate_json, with_index),
-    "header": ("model.safetensors", mutate_header, None),
+KINDS = {
+    "config": Kind("config.json", mutate_json),
+    "generation config": Kind("generation_config.json", mutate_json),
+    "tokenizer": Kind("tokenizer.json", mutate_json),
+    "tokenizer config": Kind("tokenizer_config.json", mutate_json, with_template),
+    "named template": Kind("tokenizer_config.json", mutate_json, with_template, chat=True),
+    "template": Kind("chat_template.jinja", mutate_lines, with_jinja, chat=True),
+    "template's bytes": Kind("chat_template.jinja", mutate_bytes, with_jinja, chat=True),
+    "vocab": Kind("vocab.json", mutate_json, with_merges),
+    "merges": Kind("merges.txt", mutate_lines, with_merges),
+    "merges' bytes": Kind("merges.txt", mutate_bytes, with_merges),
+    "added tokens": Kind("added_tokens.json", mutate_json, with_merges),
+    "sentencepiece": Kind("tokenizer.model", mutate_bytes, with_sentencepiece),
+    "index": Kind("model.safetensors.index.json", mutate_json, with_index),
+    "header": Kind("model.safetensors", mutate_header),
+    "adapter's config": Kind("adapter/adapter_config.json", mutate_json, with_adapter),
+    "adapter": Kind("adapter/adapter_model.safetensors", mutate_header, with_adapter),
 }
 
 
-@contextmanager
-def limits() -> Iterator[None]:
-    """An alarm after SECONDS, and no more memory than MEMORY_BYTES above what is held."""
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with every file of a kind as it should be; made once."""
+    made: dict[str, Path] = {}
 
-    def too_slow(*_: Any) -> None:
-        raise AssertionError(f"over {SECONDS} s")
+    def prepare(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = copy_of_demo(tmp_path_factory.mktemp("kinds") / "model")
+            KINDS[kind].prepare(made[kind])
+        return made[kind]
 
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, too_slow)
-    signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
+    return prepare
 
 
-def try_files(kind: str, seeds: range, folder: Path, capsys: Any) -> tuple[int, int]:
-    """(runs, refusals) of `lens` on mutated copies of the packaged model."""
-    name, change, prepare = KINDS[kind]
-    counts = [0, 0]
+def try_files(kind: str, seeds: range, original: Path, folder: Path, capsys: Any) -> int:
+    """How many of `lens` on mutated copies of a model are refused."""
+    file, change, _, chat = KINDS[kind]
+    n_refused = 0
     for seed in seeds:
-        copy = shutil.copytree(DEMO, folder / str(seed))
-        if prepare is not None:
-            prepare(copy)
-        change(random.Random(f"{kind} {seed}"), copy / name)
-        with limits():
-            code = main(["lens", str(copy), "--prompt", "Anna is", "--device", "cpu"])
-        printed = capsys.readouterr()
-        assert code in (0, 2), (kind, seed)
-        counts[code == 2] += 1
-        if code == 2:
-            (line,) = printed.err.splitlines()[-1:]
-            assert line.startswith("shardlens: ") and line.isprintable(), (kind, seed, line)
-            assert len(line) < 1500, (kind, seed)
+        copy = Path(shutil.copytree(original, folder / str(seed)))
+        change(random.Random(f"{kind} {seed}"), copy / file)
+        words = ["lens", str(copy), "--prompt", "Anna is", "--device", "cpu"]
+        words += ["--chat"] if chat else []
+        words += ["--adapter", str(copy / "adapter")] if "adapter" in kind else []
+        try:
+            n_refused += is_refused(words, capsys)
+        except BaseException as error:
+            raise AssertionError(f"{kind}, seed {seed}") from error
         shutil.rmtree(copy)
-    return counts[0], counts[1]
+    return n_refused
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_some_mutated_files(kind: str, tmp_path: Path, capsys: Any) -> None:
-    ran, refused = try_files(kind, range(12), tmp_path, capsys)
-    assert ran + refused == 12 and refused
+def test_as_they_should_be(
+    kind: str, prepared: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    words = ["lens", str(prepared(kind)), "--prompt", "Anna is"]
+    words += ["--chat"] if KINDS[kind].chat else []
+    words += ["--adapter", str(prepared(kind) / "adapter")] if "adapter" in kind else []
+    assert not is_refused(words, capsys)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_mutated_files(
+    kind: str, prepared: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    assert try_files(kind, range(10), prepared(kind), tmp_path, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thousand_mutated_files(kind: str, tmp_path: Path, capsys: Any) -> None:
-    ran, refused = try_files(kind, range(12, 180), tmp_path, capsys)
-    assert ran and refused > 20
+def test_many_mutated_files(
+    kind: str, prepared: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    n_refused = try_files(kind, range(10, 60), prepared(kind), tmp_path, capsys)
+    assert n_refused > 3
+
+
+# A model in one file
+
+
+def try_gguf(kind: str, seeds: range, folder: Path, capsys: Any) -> int:
+    whole, path = folder / "whole.gguf", folder / "x.gguf"
+    write_gguf(whole, kind)
+    words = ["lens", str(path), "--prompt", "an an", "--device", "cpu"]
+    shutil.copy(whole, path)
+    assert not is_refused(words, capsys)
+    n_refused = 0
+    for seed in seeds:
+        shutil.copy(whole, path)
+        chance = random.Random(f"gguf {kind} {seed}")
+        mutate_bytes(chance, path, within=chance.choice([100, 1200, 14_000]))
+        try:
+            n_refused += is_refused(words, capsys)
+        except BaseException as error:
+            raise AssertionError(f"{kind}, seed {seed}") from error
+    return n_refused
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_some_mutated_ggufs(kind: str, tmp_path: Path, capsys: Any) -> None:
+    assert try_gguf(kind, range(15), tmp_path, capsys) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_many_mutated_ggufs(kind: str, tmp_path: Path, capsys: Any) -> None:
+    assert try_gguf(kind, range(15, 150), tmp_path, capsys) > 20
+
+
+# A vocabulary larger than the packaged model's
+
+
+def try_rank_files(seeds: range, folder: Path) -> int:
+    whole, path = folder / "whole", folder / "tokenizer.model"
+    write_rank_file(whole)
+    text, n_refused = "Anna is a bear \u00e9 <|eot_id|>", 0
+    for seed in seeds:
+        shutil.copy(whole, path)
+        mutate_rank_file(random.Random(f"ranks {seed}"), path)
+        try:
+            with limits():
+                tokenizer = Tokenizer.from_directory(folder)
+                assert tokenizer.decode(tokenizer.encode(text), skip_special=False).endswith(text)
+        except ValueError as error:
+            n_refused += 1
+            check_refusal(f"shardlens: {error}\n")
+    return n_refused
+
+
+def test_some_mutated_rank_files(tmp_path: Path) -> None:
+    assert try_rank_files(range(6), tmp_path)
+
+
+@pytest.mark.slow
+def test_many_mutated_rank_files(tmp_path: Path) -> None:
+    assert try_rank_files(range(6, 60), tmp_path) > 10

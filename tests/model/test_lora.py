@@ -77,6 +77,10 @@ def test_an_adapter_is_added(
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"lora_alpha": "6"}, "lora_alpha is '6'"),
         ({"lora_alpha": None}, "lacks lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"r": 4}, "an r of 4, where its A and B have 3"),
+        ({"r": "3"}, "r is '3', not a whole number"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj' an r of 2, where its A and B have 3"),
         ({"alpha_pattern": {"(a+)+$": 3}}, "only the ends of names"),
     ],
 )

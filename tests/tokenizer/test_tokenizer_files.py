@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from shardlens.tokenizer import Tokenizer
+from shardlens.tokenizer import Tokenizer, paths
 
 from .trained import EVERY_SCRIPT, TEXTS, byte_level_text
 
@@ -212,8 +212,37 @@ def test_an_unknown_bos_token_is_named(bad: Any, tmp_path: Path) -> None:
         Tokenizer.from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("odd", [None, "", [], 5, {}])
+@pytest.mark.parametrize("odd", [None, ""])
 def test_a_token_without_a_name_is_none(odd: Any, tmp_path: Path) -> None:
     write_small(tmp_path, bos_token=odd, eos_token=odd, pad_token=odd)
     tokenizer = Tokenizer.from_directory(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+
+
+@pytest.mark.parametrize("odd", [[], 5, {}, True, {"content": 5}])
+def test_a_token_of_another_type_is_refused(odd: Any, tmp_path: Path) -> None:
+    write_small(tmp_path, eos_token=odd)
+    with pytest.raises(ValueError, match=r"its eos_token is .*, not a token"):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["special", "lstrip", "rstrip", "single_word", "normalized"])
+def test_a_flag_of_another_type_is_refused(name: str, tmp_path: Path) -> None:
+    write_small(tmp_path, added_tokens_decoder={"400": {"content": "<new>", name: "false"}})
+    with pytest.raises(ValueError, match=f"{name} of the added token with id 400 is 'false', not"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_files_too_large_for_a_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "LARGEST_BYTES", 2**20)
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        file.truncate(2**20 + 1)
+    with pytest.raises(ValueError, match=r"tokenizer\.model is larger than 1 MiB"):
+        Tokenizer.from_directory(tmp_path)
+    write_small(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("x" * (2**20 + 1))
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is larger than 1 MiB"):
+        Tokenizer.from_directory(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"a\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 at byte 1"):
+        Tokenizer.from_directory(tmp_path)
