@@ -176,7 +176,7 @@ def limits() -> Iterator[None]:
 
 
 def check_refusal(said: str) -> None:
-    """What is said of bad input: one short line that a terminal shows as it is."""
+    """Assert that bad input is answered by one short line, which a terminal shows as it is."""
     assert said.startswith("shardlens: ") and said.count("\n") == 1, said[:2000]
     assert said[:-1].isprintable() and len(said) < 1500, said[:2000]
 

@@ -60,7 +60,6 @@ INTERNALS = {
     "test_exports.py": "kernels.lazy_imports",
     "tokenizer/test_chat.py": "tokenizer.chat",
     "tokenizer/test_template_bounds.py": "tokenizer.chat",
-    "tokenizer/test_tokenizer_files.py": "tokenizer.paths",
     "tokenizer/test_visible.py": "tokenizer.visible",
 }
 

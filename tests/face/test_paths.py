@@ -12,6 +12,7 @@ import pytest
 
 from shardlens.cli import main
 from shardlens.model import DEMO
+from shardlens.tokenizer import Tokenizer
 
 CPU = ["--device", "cpu"]
 LONG = "9" * 400
@@ -49,10 +50,30 @@ def test_a_name_in_an_index(name: str, tmp_path: Path, capsys: Any) -> None:
     assert "File name too long" in capsys.readouterr().err
 
 
+TOO_LARGE = 65 << 20
+
+
 def test_a_file_too_large(tmp_path: Path, capsys: Any) -> None:
     pairs = tmp_path / "p.jsonl"
     pairs.touch()
-    os.truncate(pairs, 65 << 20)
+    os.truncate(pairs, TOO_LARGE)
     words = ["steer", "extract", "demo", "--pairs", str(pairs), "--out", str(tmp_path / "v.gguf")]
     assert main([*words, *CPU]) == 2
     assert "larger than 64 MiB" in capsys.readouterr().err
+
+
+def test_files_too_large_for_a_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").touch()
+    os.truncate(tmp_path / "tokenizer.model", TOO_LARGE)
+    with pytest.raises(ValueError, match=r"tokenizer\.model is larger than 64 MiB"):
+        Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    (tmp_path / "chat_template.jinja").touch()
+    os.truncate(tmp_path / "chat_template.jinja", TOO_LARGE)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is larger than 64 MiB"):
+        Tokenizer.from_directory(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"a\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 at byte 1"):
+        Tokenizer.from_directory(tmp_path)

@@ -62,7 +62,7 @@ ACTIVE = {"script", "img", "svg", "iframe", "base", "link", "object", "embed", "
 
 
 class Content(HTMLParser):
-    """What a page holds, but for the tags that a browser adds."""
+    """The content of a page, but for the tags that a browser adds."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from shardlens.tokenizer import Tokenizer, paths
+from shardlens.tokenizer import Tokenizer
 
 from .trained import EVERY_SCRIPT, TEXTS, byte_level_text
 
@@ -230,19 +230,4 @@ def test_a_token_of_another_type_is_refused(odd: Any, tmp_path: Path) -> None:
 def test_a_flag_of_another_type_is_refused(name: str, tmp_path: Path) -> None:
     write_small(tmp_path, added_tokens_decoder={"400": {"content": "<new>", name: "false"}})
     with pytest.raises(ValueError, match=f"{name} of the added token with id 400 is 'false', not"):
-        Tokenizer.from_directory(tmp_path)
-
-
-def test_files_too_large_for_a_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "LARGEST_BYTES", 2**20)
-    with (tmp_path / "tokenizer.model").open("wb") as file:
-        file.truncate(2**20 + 1)
-    with pytest.raises(ValueError, match=r"tokenizer\.model is larger than 1 MiB"):
-        Tokenizer.from_directory(tmp_path)
-    write_small(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("x" * (2**20 + 1))
-    with pytest.raises(ValueError, match=r"chat_template\.jinja is larger than 1 MiB"):
-        Tokenizer.from_directory(tmp_path)
-    (tmp_path / "chat_template.jinja").write_bytes(b"a\xff")
-    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 at byte 1"):
         Tokenizer.from_directory(tmp_path)
