@@ -20,7 +20,7 @@ FIELDS = (*_READ, *_TARGETS, *_NORMS, *_TEXTS)
 
 @dataclass(frozen=True)
 class LayerMetrics:
-    """What a monitor found at a step, by layer; NaN where there was nothing to measure it by.
+    """Findings of a monitor at a step, by layer; NaN where there was nothing to measure by.
 
     layers: numbers of blocks, whose outputs were read. loss: nats per token, if the layer were the
     last. entropy, kl_to_final: nats. leads: share of positions at which the final layer's best

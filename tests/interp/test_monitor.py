@@ -97,8 +97,8 @@ def train(monitor: bool, *, compile_blocks: bool = False, checkpoint: bool = Fal
 def test_training_is_left_as_it_is(how: dict[str, bool]) -> None:
     torch._dynamo.reset()
     plain, watched = train(False, **how), train(True, **how)
-    for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for left, right in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(left, right)
     assert hooks(watched) == hooks(plain)  # checkpointing has one
 
 
@@ -136,7 +136,7 @@ def test_a_sample_of_positions_and_no_targets() -> None:
     assert math.isnan(unlabelled.loss[0]) and unlabelled.entropy[0] > 0
     assert math.isnan(empty.loss[0]) and math.isnan(empty.entropy[0]) and empty.norm[0] > 0
     everything = truth(model)
-    assert abs(first.loss[0] - float(everything["loss"][1])) > 1e-4  # a sample, not all
+    assert abs(first.loss[0] - everything["loss"][1].item()) > 1e-4  # a sample, not all
 
 
 def test_files_and_boards(tmp_path: Path) -> None:
