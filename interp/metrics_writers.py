@@ -17,7 +17,7 @@ OnMetrics = Callable[[LayerMetrics], None]
 
 
 def writer_of(to: OnMetrics | str | Path | Any) -> OnMetrics:
-    """A function that writes metrics to a path that ends in .jsonl, or to a TensorBoard writer; or `to`.
+    """A function that writes metrics to a .jsonl file or to a TensorBoard writer; or `to` itself.
 
     Raises ValueError for anything else, and for a path that cannot be written.
     """
