@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .points import parse_layers as parse_layers
     from .rope import inverse_frequencies as inverse_frequencies
     from .rope_config import RopeScaling as RopeScaling
+    from .sharded_state import sharded_state_dict as sharded_state_dict
     from .source import DEMO as DEMO
     from .source import find_model as find_model
     from .tap_edits import EditFn as EditFn

@@ -134,10 +134,9 @@ class GgufFile:
         match = re.search(r"\.[qk]_proj\.(weight|bias)$", name)
         if self.metadata["general.architecture"] != "llama" or match is None:
             return rows
-        size = self.config.head_dim
-        head, within = np.divmod(rows, size)
-        half, pair = np.divmod(within, size // 2)
-        return head * size + 2 * pair + half
+        from .stored import interleaved_rows
+
+        return interleaved_rows(rows, self.config.head_dim)
 
     def _rows(self, name: str) -> int | None:
         return self.shapes[name][0] if name in self.shapes else None

@@ -1,4 +1,7 @@
-"""The files of one model: a directory in Hugging Face layout, or a single .gguf file."""
+"""The files of one model: a directory in Hugging Face layout, or a single .gguf file.
+
+The weights of a directory are safetensors files, or those of a torch.distributed.checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +70,12 @@ class ModelFiles:
     def _base_weights(self) -> Weights:
         if self._is_gguf:
             return self._gguf
+        from .dcp_metadata import METADATA
+
+        if (self.path / METADATA).exists():
+            from .dcp_files import DistributedCheckpoint
+
+            return DistributedCheckpoint(self.path, self.config)
         from .safetensors_files import SafetensorsFiles
 
         return SafetensorsFiles(self.path, self.config.fp8_block)

@@ -145,6 +145,8 @@ def _files(directory: Path) -> dict[str, Path]:
     if not single.exists():
         pickled = next((path.name for path in sorted(directory.glob("*.bin"))), None)
         instead = f" ({pickled} is a pickle: take a revision in safetensors)" if pickled else ""
+        if any(directory.glob("*.distcp")):
+            instead = ", and .distcp files with the .metadata that is written last, missing here"
         raise ValueError(
             f"{directory} holds neither {SINGLE} nor {INDEX}: only safetensors weights are "
             f"read{instead}"

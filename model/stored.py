@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from ..parallel.spans import Span
@@ -33,6 +34,16 @@ def row_blocks(rows: Span, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK_BYTES // row_bytes)
     for start in range(rows.start, rows.stop, step):
         yield start, min(rows.stop, start + step)
+
+
+def interleaved_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Where rows of q or k are stored by Meta's code and its heirs.
+
+    They rotate neighbouring numbers of a head, and transformers numbers half a head apart.
+    """
+    head, within = np.divmod(rows, head_dim)
+    half, pair = np.divmod(within, head_dim // 2)
+    return np.asarray(head * head_dim + 2 * pair + half)
 
 
 def named(names: list[str]) -> str:
