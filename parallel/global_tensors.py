@@ -63,12 +63,15 @@ def _placement(spans: Sequence[tuple[Span, ...]]) -> Placement | None:
     per_rank = -(-parts[0].full // len(parts))
     bounds = [min(parts[0].full, rank * per_rank) for rank in range(len(parts) + 1)]
     is_even = len(split) == 1 and all(
-        len(part.stored) == 1
-        and part.stored[0].offset == 0
-        and (part.start, part.stop) == (low, high)
+        _is_in_order(part) and (part.start, part.stop) == (low, high)
         for part, (low, high) in zip(parts, itertools.pairwise(bounds), strict=True)
     )
     return Shard(split[0]) if is_even else None
+
+
+def _is_in_order(span: Span) -> bool:
+    """Whether rows are stored from the first on, without padding between them or rows twice."""
+    return all(piece.start - span.start == piece.offset for piece in span.stored)
 
 
 class PiecedTensor(Tensor):
@@ -99,7 +102,7 @@ class PiecedTensor(Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise TypeError(
+        raise NotImplementedError(
             f"{func} of a tensor that ranks hold in pieces: it is there for "
             "torch.distributed.checkpoint to save and load; take the model's parameters"
         )
