@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from ..model.points import Tap
 from ..model.summary import counted
 from .report import SteerabilityReport
 from .slopes import Interval, Slope
+
+if TYPE_CHECKING:  # imported where it is used: rich draws from Python's random numbers when it is
+    from rich.table import Table
+    from rich.text import Text
 
 GREY, UP, DOWN = (120, 120, 120), (70, 130, 255), (240, 80, 60)
 
@@ -138,6 +139,10 @@ def _suggestion(report: SteerabilityReport, suggested: Tap) -> str:
 
 
 def _table(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     return Table(
         title=Text(title),
         title_justify="left",
@@ -150,6 +155,8 @@ def _table(title: str) -> Table:
 
 def _shaded(change: float, largest: float) -> Text:
     """A signed number, from grey to blue as it rises and to red as it falls."""
+    from rich.text import Text
+
     share = abs(change) / largest
     towards = UP if change > 0 else DOWN
     mixed = (round(a + (b - a) * share) for a, b in zip(GREY, towards, strict=True))

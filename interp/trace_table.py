@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from rich import box
+from typing import TYPE_CHECKING
+
 from rich.cells import set_cell_size
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from .trace import Trace
 from .trace_grid import Cell, Grid, fitted, tap_labels
+
+if TYPE_CHECKING:  # imported where it is used: rich draws from Python's random numbers when it is
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 WIDTH = 100
 CELL = 11
@@ -18,6 +21,8 @@ SHOWN_POSITIONS = 64
 
 def print_trace(trace: Trace, console: Console) -> None:
     """Print the last SHOWN_POSITIONS positions, as many side by side as the width allows."""
+    from rich.text import Text
+
     n_positions = len(trace.positions)
     first = max(0, n_positions - SHOWN_POSITIONS)
     if first:
@@ -31,6 +36,10 @@ def print_trace(trace: Trace, console: Console) -> None:
 
 
 def _table(grid: Grid, label_width: int) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("token", width=label_width, no_wrap=True, style="dim")
     for token in grid.tokens:
@@ -43,6 +52,8 @@ def _table(grid: Grid, label_width: int) -> Table:
 
 
 def _cell(cell: Cell) -> Text:
+    from rich.text import Text
+
     share = f"{cell.probability:.2f}".removeprefix("0") if cell.probability < 0.995 else "1.0"
     name = fitted(cell.token, CELL - 4)
     return Text(

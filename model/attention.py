@@ -11,12 +11,10 @@ positions attended to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..kernels.decode_attention import decode_attention
 from ..kernels.rope import rope_reference
@@ -90,6 +88,8 @@ def cached_attention(
     lengths = positions[:, 0] + 1
     visible: Tensor | None = None
     if n_tokens > 1 and start is not None:
+        from .lower_right import LowerRight
+
         visible = LowerRight(n_tokens, span)
     elif n_tokens > 1:
         index = torch.arange(span, device=positions.device)
@@ -108,16 +108,6 @@ def cached_attention(
         return grouped_attention(q, keys[:, :, :span], values[:, :, :span], visible)
 
     return attend
-
-
-class LowerRight(CausalBias):
-    """PyTorch's bias of that name, without its tensor of [2, T, S] numbers that nothing reads."""
-
-    def __new__(cls, *sizes: Any) -> LowerRight:
-        return torch.Tensor._make_subclass(cls, torch.empty(0))
-
-    def __init__(self, n_tokens: int, span: int) -> None:
-        super().__init__(CausalVariant.LOWER_RIGHT, n_tokens, span)
 
 
 def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:

@@ -70,14 +70,14 @@ def locate(path: Path, chunk: Chunk, dtype: torch.dtype) -> Numbers:
     return Numbers(chunk.start + first, chunk.sizes, strides, dtype)
 
 
-def read_part(path: Path, numbers: Numbers, part: tuple[slice, ...]) -> Tensor:
-    """Some rows and columns, of which alone the file's pages are read."""
-    # Mapped for this part alone: pages count as our memory until then. Bytes, because numbers in
-    # a file need not be aligned; a copy, because those of a tensor must be.
+def read_part(path: Path, numbers: Numbers, part: tuple[slice, ...], target: Tensor) -> None:
+    """Copy some rows and columns into a part of a contiguous tensor, of that shape."""
+    # Mapped for this part alone: its pages count as our memory until then. As bytes, because
+    # numbers in a file need not be aligned.
     data = np.memmap(path, np.uint8, mode="r")
     shape, strides = (*numbers.shape, numbers.dtype.itemsize), (*numbers.strides, 1)
     held = np.ndarray(shape, np.uint8, buffer=data, offset=numbers.start, strides=strides)
-    return torch.from_numpy(held[part].copy()).view(numbers.dtype).squeeze(-1)
+    target.unsqueeze(-1).view(torch.uint8).numpy()[...] = held[part]
 
 
 def _check_archive(archive: zipfile.ZipFile) -> None:

@@ -88,9 +88,9 @@ class DistributedCheckpoint:
             lows = [max(pair) for pair in zip(origin, chunk.offsets, strict=True)]
             highs = [min(last, end) for (_, last), end in zip(bounds, ends, strict=True)]
             if all(low < high for low, high in zip(lows, highs, strict=True)):
+                numbers, target = self._locate(name, chunk), part[_slices(lows, highs, origin)]
                 within = _slices(lows, highs, chunk.offsets)
-                read = read_part(self._directory / chunk.file, self._locate(name, chunk), within)
-                part[_slices(lows, highs, origin)] = read
+                read_part(self._directory / chunk.file, numbers, within, target)
         return part
 
     def _locate(self, name: str, chunk: Chunk) -> Numbers:
