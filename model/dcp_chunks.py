@@ -11,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -56,7 +56,8 @@ def locate(path: Path, chunk: Chunk, dtype: torch.dtype) -> Numbers:
             _check_archive(archive)
         view.seek(0)
         with FakeTensorMode():
-            tensor = torch.load(view, map_location="cpu", weights_only=True)
+            file_like = cast(BinaryIO, view)
+            tensor = torch.load(file_like, map_location="cpu", weights_only=True)
     if not isinstance(tensor, Tensor):
         raise TypeError(f"a {type(tensor).__name__}")
     if tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:

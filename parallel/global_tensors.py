@@ -93,11 +93,11 @@ class PiecedTensor(Tensor):
                 made.pieces.append((torch.Size(p.start for p in pieces), view))
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PiecedTensor({list(self.shape)}, {len(self.pieces)} pieces here)"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:

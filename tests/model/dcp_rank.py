@@ -110,9 +110,9 @@ def steps(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any] | None]
     if rank == 0:
         made(name).config.save_pretrained(theirs)
     dist.barrier()
-    groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 3)}
-    for size, group in groups.items():
-        parallel = TensorParallel.from_group(group) if rank < size else None
+    for size in (1, 2, 3):
+        few = dist.new_group(list(range(size)))
+        parallel = TensorParallel.from_group(few) if rank < size else None
         found = None if parallel is None else {"error": error(name, read(name, theirs, parallel))}
         yield f"read on {size}", found
         if size > 1:

@@ -69,14 +69,14 @@ def test_ours_on_any_number_of_ranks(
     def body(parallel: TensorParallel) -> str:
         model = Transformer(files.config, parallel=parallel)
         load_weights(model, files.weights())
-        group = {"checkpoint_id": folder, "process_group": parallel.group}
-        dcp.save(sharded_state_dict(model), **group)
+        where = {"checkpoint_id": folder, "process_group": parallel.group}
+        dcp.save(sharded_state_dict(model), **where)
         before = [parameter.clone() for parameter in model.parameters()]
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(2)
         states = sharded_state_dict(model)
-        dcp.load(states, **group)
+        dcp.load(states, **where)
         assert all(map(torch.equal, model.parameters(), before))
         heads = {each: states[f"model.layers.0.self_attn.{each}_proj.weight"] for each in "qkvo"}
         return "".join(each for each, state in heads.items() if not isinstance(state, DTensor))
