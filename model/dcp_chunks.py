@@ -7,6 +7,7 @@ nothing, without code from the file, and says where its numbers begin.
 from __future__ import annotations
 
 import io
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -34,6 +35,7 @@ BROKEN = (
     RuntimeError,
     TypeError,
     UnpicklingError,
+    struct.error,
     ValueError,
 )
 _OFFSET = "_checkpoint_offset"  # torch.load sets it on the storages that it does not read

@@ -7,8 +7,10 @@ nothing but hold what they are given, made afresh for each file: no file can cal
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,7 @@ _BROKEN = (
     RecursionError,
     TypeError,
     ValueError,
+    struct.error,
 )
 
 
@@ -79,8 +82,8 @@ def read_metadata(path: Path) -> dict[str, ChunkedTensor]:
     try:
         if path.stat().st_size > LARGEST_METADATA_BYTES:
             raise ValueError(f"larger than {LARGEST_METADATA_BYTES >> 20} MiB")
-        with path.open("rb") as file:
-            tensors = dict(_tensors(_Unpickler(file).load()))
+        # of bytes in memory, so that no more is set aside than there is
+        tensors = dict(_tensors(_Unpickler(io.BytesIO(path.read_bytes())).load()))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: the checkpoint was not saved whole") from None
     except (OSError, *_BROKEN) as error:
@@ -138,7 +141,9 @@ class _Record:
         self.state = state
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The reader in Python, which keeps a table by number; that in C makes room for any number."""
+
     def __init__(self, file: Any) -> None:
         super().__init__(file)
         self._records = {

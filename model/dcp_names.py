@@ -69,8 +69,8 @@ def hugging_face_names(stored: Iterable[str], origin: str) -> tuple[dict[str, st
         known = _hugging_face_name(rest, embedding)
         if known in names:
             raise ValueError(
-                f"{origin} holds {shown(names[known])} and {shown(name)}, which are both {known}: "
-                "save one of them"
+                f"{origin} holds {shown(names[known])} and {shown(name)}, which are both "
+                f"{shown(known)}: save one of them"
             )
         names[known] = name
     return names, embedding == "tok_embeddings"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,20 @@ def test_metadata_changes_no_class(folder: Path) -> None:
     assert not hasattr(Metadata, "changed")
     assert pickle.loads(program) is Metadata and Metadata.changed == 1  # type: ignore[attr-defined]
     del Metadata.changed  # type: ignore[attr-defined]
+
+
+def test_metadata_takes_no_room_that_it_does_not_fill(folder: Path) -> None:
+    """A pickle may name an entry of its table by any number, and bytes of any length."""
+    for program in (b"Nr\xff\xff\xff\x01.", b"\x8e" + (2**27).to_bytes(8, "little") + b"x."):
+        (folder / ".metadata").write_bytes(program)
+        files = ModelFiles(folder)
+        assert files.config  # read before
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"is no metadata of a torch.distributed.checkpoint"):
+            files.weights()
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak_bytes < 2**24
 
 
 def test_numbers_call_nothing(folder: Path, here: Path) -> None:
@@ -225,7 +240,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "one name twice": (
         rewrite(lambda s: s | {f"_orig_mod.{NORM}": s[NORM]}),
-        f"holds '{NORM}' and '_orig_mod.{NORM}', which are both {NORM}",
+        f"holds '{NORM}' and '_orig_mod.{NORM}', which are both '{NORM}'",
     ),
     "safetensors beside": (
         lambda d: save_file({NORM: torch.ones(48)}, d / "model.safetensors"),
