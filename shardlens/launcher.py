@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fcntl
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -140,12 +142,29 @@ def _start(arguments: argparse.Namespace, path: str) -> SubprocessContext:
     context = multiprocessing.start_processes(
         name="shardlens",
         entrypoint=sys.executable,
-        args={rank: (*words, "--", *arguments.words) for rank in range(n)},
+        args={rank: (*words, "--", *map(_for_ranks, arguments.words)) for rank in range(n)},
         envs={r: {**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(n)},
         logs_specs=Inherited(),
     )
     assert isinstance(context, multiprocessing.SubprocessContext)
     return context
+
+
+def _for_ranks(word: str) -> str:
+    """A word of a command, in which a pipe to write to is named as ranks can open it.
+
+    A shell names the pipe of `--json >(program)` so, and ranks inherit no open files. A pipe to
+    read from is left alone: several ranks would each read a part.
+    """
+    named = re.fullmatch(r"(--[\w-]+=)?/(?:dev|proc/self)/fd/(\d{1,6})", word)
+    if named is None or int(named[2]) <= 2 or not IS_LINUX:
+        return word
+    path = f"/proc/{os.getpid()}/fd/{named[2]}"
+    is_written = (
+        Path(path).is_fifo()
+        and fcntl.fcntl(int(named[2]), fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+    )
+    return f"{named[1] or ''}{path}" if is_written else word
 
 
 def _become_rank(parent: int, module: str, words: list[str]) -> NoReturn:

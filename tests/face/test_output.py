@@ -75,6 +75,19 @@ def test_a_full_output(command: list[str], start: list[str], tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [DIRECT, RANKS], ids=["1 process", "2 ranks"])
+def test_a_pipe_that_a_shell_opened(start: list[str]) -> None:
+    """--json >(program): the shell hands over an open pipe, and its name."""
+    reader, writer = os.pipe()
+    words = [*start, *LENS, "--json", f"/dev/fd/{writer}"]
+    process = started(words, stdout=subprocess.DEVNULL, pass_fds=(writer,))
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        content = json.load(file)
+    assert ended(process) == (0, "") and content["taps"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [DIRECT, RANKS], ids=["1 process", "2 ranks"])
 def test_a_full_file(start: list[str]) -> None:
     process = started([*start, *LENS, "--json", "/dev/full"], stdout=subprocess.DEVNULL)
     line = "shardlens: /dev/full cannot be written: No space left on device\n"
