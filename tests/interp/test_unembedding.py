@@ -24,7 +24,7 @@ REFUSED = {
 @pytest.mark.parametrize("size", [2, 4])
 def test_layouts(size: int, tmp_path: Path) -> None:
     found = on_ranks(WORKER, size, tmp_path / "store")
-    assert len(found) == size * (8 if size == 2 else 16)
+    assert len(found) == size * (9 if size == 2 else 17)
     for each in found:
         if each["case"] in REFUSED:
             assert REFUSED[each["case"]] in each["refusal"], each

@@ -55,6 +55,14 @@ def split_by_head(mesh: DeviceMesh) -> LlamaForCausalLM:
     return parallelize_module(plain(), mesh, {"lm_head": ColwiseParallel()})
 
 
+def split_by_their_plan(store: str) -> LlamaForCausalLM:
+    folder = f"{store}-model"
+    if dist.get_rank() == 0:
+        plain().save_pretrained(folder)
+    dist.barrier()
+    return LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32)
+
+
 Case = tuple[str, Callable[[], Unembedding], Tensor]
 
 
@@ -62,7 +70,7 @@ def states(seed: int, rows: int = 6) -> Tensor:
     return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed))
 
 
-def cases(rank: int, size: int) -> Iterator[Case]:
+def cases(rank: int, size: int, store: str) -> Iterator[Case]:
     """Names, unembeddings, and this rank's states."""
     same, mine = states(1), states(2 + rank, rows=3 + rank)
     dp, tp = (init_device_mesh("cpu", (size,), mesh_dim_names=(name,)) for name in ("dp", "tp"))
@@ -79,6 +87,7 @@ def cases(rank: int, size: int) -> Iterator[Case]:
     yield "FSDP2 after a pass", after_a_pass, mine
     yield "head split", lambda: Unembedding.of(split_by_head(tp)), same
     yield "head split, other states", lambda: Unembedding.of(split_by_head(tp)), mine[:3]
+    yield "transformers' plan", lambda: Unembedding.of(split_by_their_plan(store)), same
     yield "slices", lambda: megatron(rank, size, 0), same
     yield "slices with a gap", lambda: megatron(rank, size, 1), same
     if size < 4:
@@ -139,7 +148,7 @@ def main() -> None:
     rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     torch.set_num_threads(1)
-    for name, make, rows in cases(rank, size):
+    for name, make, rows in cases(rank, size, store):
         try:
             with torch.no_grad():
                 found = compare(make(), rows)
