@@ -87,11 +87,9 @@ def cached_attention(
     span = (cache.longest if start is None else start) + n_tokens
     lengths = positions[:, 0] + 1
     visible: Tensor | None = None
-    if n_tokens > 1 and start is not None:
-        from .lower_right import LowerRight
-
-        visible = LowerRight(n_tokens, span)
-    elif n_tokens > 1:
+    if n_tokens > 1 and start is not None and start > 0:
+        visible = _lower_right(n_tokens, span, positions.device)
+    elif n_tokens > 1 and start is None:
         index = torch.arange(span, device=positions.device)
         seen = index <= positions[..., None]  # [B, T, S]
         # each request's mask, once for each of its key/value heads
@@ -103,22 +101,33 @@ def cached_attention(
         if attn.q_norm is not None and attn.k_norm is not None:
             norms = {"q_weight": attn.q_norm.weight, "k_weight": attn.k_norm.weight}
         q = rope_qk(qkv, *rope, keys, values, positions, eps=attn.eps, **norms)
-        if visible is None:
+        if n_tokens == 1:
             return decode_attention(q[:, 0], keys, values, lengths, span=span)[:, None]
         return grouped_attention(q, keys[:, :, :span], values[:, :, :span], visible)
 
     return attend
 
 
-def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+def _lower_right(n_tokens: int, span: int, device: torch.device) -> Tensor:
+    """The mask of the last n_tokens of a text of `span`; as a flag, where fused kernels take it."""
+    if device.type == "cpu":  # where PyTorch makes the mask of its flag, and imports its compiler
+        return torch.ones(n_tokens, span, dtype=torch.bool).tril(span - n_tokens)
+    from .lower_right import LowerRight
+
+    return LowerRight(n_tokens, span)
+
+
+def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
     """Attention of q [B, T, H, D] to keys, values [B, K, S, D]: [B, T, H, D].
 
-    visible: a LowerRight, or which positions are seen [B K, 1, T, S]. Each key/value head with its
-    queries is an entry of the batch, [B K, H / K, T, D], in which it is shared and not repeated:
-    fused kernels without grouped-query attention run it, too.
+    visible: a LowerRight, or which positions are seen, [T, S] or [B K, 1, T, S]; None where T is S
+    and a token sees itself and those before it. Each key/value head with its queries is an entry of
+    the batch, [B K, H / K, T, D], in which it is shared and not repeated: fused kernels without
+    grouped-query attention run it, too.
     """
     batch, kv_heads = keys.shape[:2]
     grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
     k, v = (x.flatten(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1) for x in (keys, values))
-    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=visible)
+    is_causal = visible is None
+    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=visible, is_causal=is_causal)
     return mixed.unflatten(0, (batch, kv_heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -52,7 +52,6 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "TMPDIR": str(folder),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "inductor"),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -61,8 +61,8 @@ def feed(model: Transformer, lengths: list[int], parts: list[list[list[int]]], s
     return out
 
 
-def test_a_chunk_has_no_mask(model: Transformer) -> None:
-    """In every chunk and layer the lower right triangle, whose size is all that is said."""
+def test_a_chunk_sees_the_lower_right(model: Transformer) -> None:
+    """In every chunk and layer: the first without a mask, later ones by one for all requests."""
     with Masks() as masks:
         together = continued(model, PROMPTS, 2, prefill_chunk=CHUNK)
     fed = [len(prompt) - 1 for prompt in PROMPTS]  # the last token is a step's
@@ -73,12 +73,28 @@ def test_a_chunk_has_no_mask(model: Transformer) -> None:
     for (end, start), (mask, q, k) in zip(
         [chunk for chunk in chunks for _ in range(3)], masks.seen, strict=True
     ):
-        assert isinstance(mask, CausalBias) and mask.variant == CausalVariant.LOWER_RIGHT
-        assert (mask.seq_len_q, mask.seq_len_kv) == (end - start, end)
+        if start == 0:
+            assert mask is None
+        else:
+            assert mask.tolist() == [[at <= row for at in range(end)] for row in range(start, end)]
         assert q.shape[:2] == k.shape[:2] == (kv_heads, 4 // kv_heads)
         assert k.stride(1) == 0 or k.shape[1] == 1  # keys are shared by their queries, not copied
     for prompt, sequence in zip(PROMPTS, together, strict=True):
         assert sequence == continued(model, [prompt], 2, prefill_chunk=64)[0]
+
+
+def test_off_the_cpu_a_chunk_has_no_mask(model: Transformer) -> None:
+    """The lower right triangle, whose size is all that is said to kernels that know it."""
+    elsewhere = Transformer(model.config, device="meta")
+    cache = elsewhere.new_cache(2, 64)
+    with torch.device("meta"), Masks() as masks:
+        elsewhere(torch.zeros(2, 8, dtype=torch.int64), cache=cache, start=0)
+        elsewhere(torch.zeros(2, 5, dtype=torch.int64), cache=cache, start=8)
+    assert len(masks.seen) == 6
+    assert [mask for mask, _, _ in masks.seen[:3]] == [None] * 3
+    for mask, _, _ in masks.seen[3:]:
+        assert isinstance(mask, CausalBias) and mask.variant == CausalVariant.LOWER_RIGHT
+        assert (mask.seq_len_q, mask.seq_len_kv) == (5, 13)
 
 
 def test_with_a_start_as_without(model: Transformer) -> None:
