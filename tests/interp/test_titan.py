@@ -23,7 +23,7 @@ def test_torchtitan(size: int, tp: int, sequence: int, tmp_path: Path) -> None:
     variables["PYTHONPATH"] += f":{tests}"
     words = (str(tp), str(sequence))
     found = on_ranks(WORKER, size, tmp_path / "store", *words, variables=variables)
-    assert len(found) == 7 * size
+    assert len(found) == 8 * size
     for each in found:
         if each["case"] in ("states", "logits", "lens", "head_row"):
             assert each["error"] < ERROR, each
@@ -33,6 +33,11 @@ def test_torchtitan(size: int, tp: int, sequence: int, tmp_path: Path) -> None:
             assert each["untouched"] == 0, each
         if each["case"] == "hooks":
             assert each["left"] == 0, each
+        if each["case"] == "stage":
+            alone, lent = each["metrics"]
+            assert alone["layers"] == lent["layers"] == [0, 1, 2]
+            assert alone["loss"] == [None] * 3 and min(alone["norm"]) > 0
+            assert min(lent["loss"]) > 5 and lent["kl_to_final"] == [None] * 3, each
         if each["case"] == "monitor":
             assert each["same"], each
             assert [m["step"] for m in each["metrics"]] == (

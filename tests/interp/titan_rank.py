@@ -186,8 +186,25 @@ def main() -> None:
     same = all(torch.equal(a, b) for a, b in zip(*(each[0] for each in trained), strict=True))
     found = trained[1][1]
     say(rank, "monitor", same=same, metrics=[each.to_dict() for each in found])
+    say(rank, "stage", metrics=[each.to_dict() for each in watch_a_stage(whole, ids)])
     dist.barrier()
     dist.destroy_process_group()
+
+
+def watch_a_stage(whole: nn.Module, ids: Tensor) -> list[LayerMetrics]:
+    """Blocks 0 to 2 as a pipeline's first stage, alone and with the last stage's unembedding."""
+    stage = config(sequence=False).build()
+    stage.init_states(buffer_device=torch.device("cpu"))
+    for number in list(stage.layers):
+        if int(number) > 2:
+            del stage.layers[number]
+    stage.norm = stage.lm_head = None
+    found: list[LayerMetrics] = []
+    for unembedding in (None, Unembedding.of(whole)):
+        monitor = LensMonitor(stage, every=1, to=found.append, unembedding=unembedding)
+        with torch.no_grad(), monitor.at(0, ids.roll(-1, 1)):
+            run(stage, ids)
+    return found
 
 
 def train(
