@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.arguments import integer
+from ..model.arguments import integer, optional
 from ..model.points import Layers, Tap
 from ..parallel.collectives import reduce_over
 from ..parallel.group import Axes
@@ -68,7 +68,9 @@ class LensMonitor:
         self._model, decoder = model, Decoder.of(model)
         if unembedding is None and decoder.norm is not None and decoder.head is not None:
             unembedding = Unembedding.of(model)
-        self._unembedding = unembedding
+        self._unembedding = optional(
+            unembedding, Unembedding, "unembedding", "an Unembedding, or none"
+        )
         taps = decoder.taps("resid_post", layers)
         self._layers = [tap.layer for tap in taps]
         self._has_final = decoder.n_layers - 1 in decoder.blocks
@@ -94,7 +96,7 @@ class LensMonitor:
     @contextmanager
     def _looking(self, step: int, targets: Tensor | None) -> Iterator[None]:
         sample = self._lasting or _Sample(self._model, self._layers)
-        generator = torch.Generator().manual_seed((self._seed << 32) + step)
+        generator = torch.Generator().manual_seed(((self._seed << 32) + step) % 2**63)
         sample.draw(self._positions, targets, generator)
         try:
             with sample:
@@ -143,6 +145,7 @@ class _Sample(Watch):
     def draw(self, count: int, targets: Tensor | None, generator: torch.Generator) -> None:
         """Choose rows of the next passes: `count` of those with a target, if there are so many."""
         self._count, self._shape, self._rows, self.targets = count, None, None, None
+        optional(targets, Tensor, "targets", "a tensor [B, T] of ids, or none")
         if targets is not None:
             flat = whole_tensor(targets).flatten()
             valid = (flat >= 0).nonzero()[:, 0]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from ..engine.steering import Steering
+from ..engine.steering import MOST_POSITIONS, Steering
 from ..engine.vectors import SteeringVectors
 from ..kernels.edits import MODES, Edits, edit_reference
 from ..model.arguments import all_of, integer
+from ..model.fields import shown
 from ..model.points import Tap
 from ..model.tap_edits import TapEdits
 from .decoders import Decoder
@@ -58,6 +59,8 @@ class _Editor:
     """The edits of a pass, by tap; see `Visitor`."""
 
     def __init__(self, decoder: Decoder, steerings: Sequence[Steering]) -> None:
+        if not steerings:
+            raise ValueError("steering is an empty list: give at least one edit")
         self.decoder, self.is_open = decoder, True
         self.by_tap: dict[Tap, list[Steering]] = {}
         for each in steerings:
@@ -96,6 +99,8 @@ class _Editor:
                     )
         if prompt_length is not None:
             self.prompt_length = integer(prompt_length, "prompt_length")
+            if not 1 <= self.prompt_length <= MOST_POSITIONS:
+                raise ValueError(f"prompt_length is {shown(prompt_length)}: a prompt has 1 or more")
 
     def check_reached(self) -> None:
         missing = [tap for tap, is_reached in self.reached.items() if not is_reached]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.rmsnorm_steer import rmsnorm_steer
-from ..model.arguments import integer, integers
+from ..model.arguments import flag, integer, integers, number, of_kind, optional
 from ..parallel.group import Axes, TensorParallel
 from ..parallel.head_reduce import HeadResult, head_rows, reduce_head
 from ..parallel.layouts import NO_MESH, check_slices, vocab_slice, whole_tensor
@@ -28,6 +28,7 @@ from .decoders import Decoder, norm_eps
 from .state_exchange import StateExchange
 
 Weights = tuple[Tensor, Tensor]
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Unembedding:
 
         Raises ValueError naming a model or a layout that cannot be read exactly.
         """
+        optional(parallel, TensorParallel, "parallel", "a TensorParallel, or none")
+        first_id = None if first_id is None else integer(first_id, "first_id")
+        vocab_size = None if vocab_size is None else integer(vocab_size, "vocab_size")
+        if (first_id or 0) < 0 or (vocab_size is not None and vocab_size < 1):
+            raise ValueError(f"first_id {first_id} of vocab_size {vocab_size}: no such ids")
         if isinstance(source, nn.Module):
             decoder = Decoder.of(source)
             norm, head = _read_parts(decoder)
@@ -129,9 +135,13 @@ class Unembedding:
         must not, and for shapes that do not fit.
         """
         head, names = self._head()
+        of_kind(states, Tensor, "states", "a tensor [..., d]")
+        optional(targets, Tensor, "targets", "a tensor of ids, or none")
+        if targets is not None and targets.dtype not in _WHOLE:
+            raise ValueError(f"targets are {targets.dtype}: token ids are whole numbers")
         states = whole_tensor(states)
         d = head.weight.shape[1]
-        if states.shape[-1] != d or states.ndim < 2:
+        if states.ndim < 2 or states.shape[-1] != d:
             raise ValueError(f"states of shape {list(states.shape)}: this head takes [..., {d}]")
         if targets is not None and targets.shape != states.shape[:-1]:
             raise ValueError(
@@ -142,7 +152,7 @@ class Unembedding:
         ids = rows.new_full((len(rows),), -1, dtype=torch.int64)
         if targets is not None:
             ids = targets.reshape(-1).to(rows.device, torch.int64)
-        per_request = states.shape[-2] if kl_to_last else 1
+        per_request = states.shape[-2] if flag(kl_to_last, "kl_to_last") else 1
         others = StateExchange.of(rows, ids, head.axes, names, self.data_axes(self.weights()[1]))
         result = reduce_head(
             self.normed(others.gathered(rows)).to(head.weight.dtype),
@@ -165,6 +175,8 @@ class Unembedding:
         """
         head, _ = self._head()
         ids = integers(token_ids, "token_ids")
+        if not ids:
+            raise ValueError("no token id is given: name at least one")
         for token_id in ids:
             if not 0 <= token_id < head.vocab.full:
                 raise ValueError(
@@ -205,14 +217,18 @@ def _vocab_size(decoder: Decoder, head: nn.Module) -> int | None:
 
 
 def _bare(source: Any) -> tuple[Tensor, float, Tensor]:
-    kinds = (Tensor, float, Tensor)
-    if (
-        not isinstance(source, tuple)
-        or len(source) != 3
-        or not all(isinstance(part, kind) for part, kind in zip(source, kinds, strict=True))
-    ):
+    if not isinstance(source, tuple) or len(source) != 3:
         raise ValueError(
             f"an unembedding of {type(source).__name__}: give a model, or (the norm's weight, "
             "epsilon, the head's weight)"
         )
-    return source
+    norm = of_kind(source[0], Tensor, "the norm's weight", "a tensor [d]")
+    head = of_kind(source[2], Tensor, "the head's weight", "a tensor [V, d]")
+    eps = number(source[1], "the norm's epsilon")
+    if norm.ndim != 1 or head.shape[-1:] != norm.shape:
+        raise ValueError(
+            f"a norm's weight {list(norm.shape)} and a head's {list(head.shape)}: give [d], [V, d]"
+        )
+    if not (norm.is_floating_point() and head.is_floating_point()) or eps < 0:
+        raise ValueError("an unembedding is of float weights, and of an epsilon from 0 on")
+    return norm, eps, head

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..model.arguments import integers
+from ..model.arguments import integer, integers
 from ..model.points import Layers, Tap
 from ..parallel.layouts import whole_tensor
 from .decoders import Decoder
@@ -39,7 +39,7 @@ class Watch:
         self._decoder = Decoder.of(model)
         self.taps = self._decoder.taps(points, layers)
         self._positions = _checked(positions)
-        self._most_bytes, self._held_bytes = most_bytes, 0
+        self._most_bytes, self._held_bytes = integer(most_bytes, "most_bytes"), 0
         self._states: dict[Tap, Tensor] = {}
         self._is_open = self._in_pass = False
         self._hooks = install(self._decoder, self.taps, self, edits=False)
@@ -149,7 +149,10 @@ def _checked(positions: Positions) -> str | list[int]:
         if positions not in ("all", "last"):
             raise ValueError(f"positions {positions!r}: give all, last, or indices of tokens")
         return positions
-    return integers(positions, "positions")
+    found = integers(positions, "positions")
+    if not found:
+        raise ValueError("positions are an empty list: name at least one")
+    return found
 
 
 def _rows(x: Tensor, positions: str | list[int]) -> Tensor:

@@ -125,6 +125,13 @@ def all_of(value: Any, kind: type | tuple[type, ...], name: str, what: str) -> l
     return found
 
 
+def of_kind(value: Any, kind: type | tuple[type, ...], name: str, what: str) -> Any:
+    """An object of a kind. Raises ValueError for anything else."""
+    if not isinstance(value, kind):
+        raise _wrong(value, name, what)
+    return value
+
+
 def optional(value: Any, kind: type | tuple[type, ...], name: str, what: str) -> Any:
     """An object of a kind, or None. Raises ValueError for anything else."""
     if value is not None and not isinstance(value, kind):

@@ -35,8 +35,12 @@ def vocab_slice(
     ids there are, where rows beyond them are padding; needed for a plain slice. Raises ValueError
     for any other layout, naming it.
     """
-    if weight.ndim != 2:
-        raise ValueError(f"a head's weight has the shape [V, d], not {list(weight.shape)}")
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"a head's weight is a tensor [V, d], not {type(weight).__name__}")
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"a head's weight is [V, d] in floats, not {list(weight.shape)} in {weight.dtype}"
+        )
     if isinstance(weight, DTensor):
         if parallel is not None or first_id is not None:
             raise ValueError("a head that is a DTensor says itself how it is split")

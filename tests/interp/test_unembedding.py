@@ -68,7 +68,7 @@ BARE = (torch.ones(8), 1e-6, torch.randn(31, 8))
         (torch.nn.Linear(3, 3), {}, "no decoder that is known here"),
         ("demo", {}, "an unembedding of str"),
         ((torch.ones(8), torch.randn(31, 8)), {}, "give a model, or"),
-        ((torch.ones(8), 1e-6, torch.randn(31)), {}, "has the shape [V, d]"),
+        ((torch.ones(8), 1e-6, torch.randn(31)), {}, "give [d], [V, d]"),
         (BARE, {"first_id": 4}, "give parallel"),
         (BARE, {"vocab_size": 40}, "is a slice of 40"),
         (BARE, {"data_axes": 3}, "data_axes"),
