@@ -64,6 +64,20 @@ def test_steer_an_answer() -> None:
 
 
 @pytest.mark.slow
+def test_train_a_vector(tmp_path: Path) -> None:
+    """It beats the mean difference of its norm, on questions that neither was made from."""
+    path = tmp_path / "trained.safetensors"
+    *_, trained, mean = run("train_a_vector.py", str(path)).splitlines()
+    slope, other = (float(line.split("slope ")[1].split()[0]) for line in (trained, mean))
+    assert slope > other + 1 > 3
+    norms = [line.split("norm ")[1].split(",")[0] for line in (trained, mean)]
+    assert norms[0] == norms[1]
+    vectors = shardlens.SteeringVectors.load(path, shardlens.load("demo").model.config)
+    assert f"{vectors.norm(vectors.taps[0]):.1f}" == norms[0]
+    assert vectors.origin.method == "trained" and vectors.origin.n_pairs == 80
+
+
+@pytest.mark.slow
 def test_training_is_reproducible(tmp_path: Path) -> None:
     """Two steps twice: the same weights to the bit, and a directory that loads."""
     for name in ("first", "second"):
