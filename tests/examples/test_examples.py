@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,13 +28,14 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SAME_LOSS = 1e-5  # nats
 
 
-def run(name: str, *words: str) -> str:
-    """The output of an example, started as a user does.
+def run(name: str, *words: str, ranks: int = 0) -> str:
+    """The output of an example, started as a user does; with ranks, by torchrun.
 
     That is without the PYTHONSAFEPATH of launch.sh, under which a script does not find the modules
     beside it.
     """
-    command = [sys.executable, str(EXAMPLES / name), *words]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks else []), str(EXAMPLES / name), *words]
     environment = {key: os.environ[key] for key in os.environ if key != "PYTHONSAFEPATH"}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
@@ -75,6 +77,23 @@ def test_train_a_vector(tmp_path: Path) -> None:
     vectors = shardlens.SteeringVectors.load(path, shardlens.load("demo").model.config)
     assert f"{vectors.norm(vectors.taps[0]):.1f}" == norms[0]
     assert vectors.origin.method == "trained" and vectors.origin.n_pairs == 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_train_fsdp2(tensor_parallel: int, tmp_path: Path) -> None:
+    """Two ranks with other texts each, or with half of the model each."""
+    out = tmp_path / "lens.jsonl"
+    words = ("--steps", "41", "--every", "40", "--tensor-parallel", str(tensor_parallel))
+    printed = run("train_fsdp2.py", *words, "--out", str(out), ranks=2).splitlines()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 40] and lines[0]["layers"] == [0, 1, 2, 3]
+    for line, shown in zip(lines, printed, strict=True):
+        losses = shown.split("each block")[1].split()
+        assert losses == [f"{loss:.3f}" for loss in line["loss"]]
+    first, last = (line["loss"] for line in lines)
+    assert all(abs(loss - math.log(512)) < 0.2 for loss in first)
+    assert all(before - after > 1 for before, after in zip(first, last, strict=True))
 
 
 @pytest.mark.slow
