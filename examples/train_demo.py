@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from shardlens import LanguageModel, ModelConfig, Tokenizer, Transformer
+from shardlens import ModelConfig, Tokenizer, Transformer
+from shardlens.interp import LayerMetrics, LensMonitor
 from shardlens.model import hf_state_dict, init_weights, inverse_frequencies
 from shardlens.parallel import reduce_head, token_logits, vocab_parallel_cross_entropy
 
@@ -234,12 +235,14 @@ def quick_accuracy(model: Transformer, tokenizer: Tokenizer, *, stated: bool) ->
 
 
 def layer_losses(model: Transformer, tokenizer: Tokenizer) -> list[float]:
-    """Held-out loss in nats per token if each block were the last, by the lens of its output."""
+    """Held-out loss in nats per token if each block were the last, by a monitor of its output."""
     documents = itertools.islice(people.documents("monitor"), 12)
-    lm = LanguageModel(model, tokenizer)
-    traces = [lm.lens(coded(document, tokenizer)[0], top_k=1) for document in documents]
-    logprobs = torch.cat([trace.target_logprob[:-1] for trace in traces])  # [tokens, layers]
-    return (-logprobs.mean(0)).tolist()
+    ids, weights = padded([coded(document, tokenizer) for document in documents], tokenizer)
+    found: list[LayerMetrics] = []
+    monitor = LensMonitor(model, every=1, positions=ids.numel(), to=found.append)
+    with torch.no_grad(), monitor.at(0, ids[:, 1:].where(weights[:, 1:] > 0, -100)):
+        model(ids[:, :-1])
+    return found[0].loss
 
 
 @torch.inference_mode()
