@@ -1,4 +1,4 @@
-"""What a monitor adds to a training: that of the demo model, as `examples/train_demo.py` trains it.
+"""The time that a monitor adds to a training: that of `examples/train_demo.py`.
 
     python -m shardlens.bench.monitor --save monitor
 
@@ -76,7 +76,7 @@ def monitored(every: int, found: list[LayerMetrics]) -> Callable[[Transformer], 
 
 
 def call_seconds() -> float:
-    """Of `at`, entered and left, where the step is not looked at."""
+    """The time of `at`, entered and left, for a step that is not looked at."""
     model = Transformer(demo_config())
     monitor, targets = LensMonitor(model, every=NEVER, to=print), torch.zeros(1, 1)
     started = time.perf_counter()

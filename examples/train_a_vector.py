@@ -29,11 +29,11 @@ train, test = split_pairs(pairs, share=0.4, seed=0)
 mean = lm.extract(train, layers=[TAP.layer], contrast=("Anna is cautious.", "Anna is bold."))
 
 
-def preference(group: list[PairIds], vector: Tensor, scale: Tensor) -> Tensor:
+def preference(batch: list[PairIds], vector: Tensor, scale: Tensor) -> Tensor:
     """Logit of the matching answer less that of the other [B], for prompts of one length."""
     edit = shardlens.Steering(vector, [TAP.layer], scale=scale, positions="last_prompt")
-    ids = torch.tensor([pair.matching.ids[: pair.n_shared] for pair in group])
-    answers = torch.tensor([pair.label_ids for pair in group])
+    ids = torch.tensor([pair.matching.ids[: pair.n_shared] for pair in batch])
+    answers = torch.tensor([pair.label_ids for pair in batch])
     with steered(lm.model, edit, prompt_length=ids.shape[1]):
         hidden = lm.model(ids)[:, -1]
     matching, other = lm.model.head(lm.model.norm(hidden)).gather(1, answers).unbind(1)
@@ -42,15 +42,15 @@ def preference(group: list[PairIds], vector: Tensor, scale: Tensor) -> Tensor:
 
 encoded = encode_pairs(lm.tokenizer, train, shardlens.PromptForm())
 encoded.sort(key=lambda pair: pair.n_shared)
-groups = [list(group) for _, group in groupby(encoded, lambda pair: pair.n_shared)]
+batches = [list(batch) for _, batch in groupby(encoded, lambda pair: pair.n_shared)]
 direction = torch.randn(lm.model.config.d, requires_grad=True)
 scale = torch.tensor(mean.norm(TAP), requires_grad=True)
 rule = torch.optim.Adam([{"params": [direction]}, {"params": [scale], "lr": 1.0}], lr=0.1)
 for epoch in range(EPOCHS):
     total = 0.0
-    for group in groups:
+    for batch in batches:
         vector = F.normalize(direction, dim=0)
-        up, down = (preference(group, sign * vector, scale) for sign in (1, -1))
+        up, down = (preference(batch, sign * vector, scale) for sign in (1, -1))
         loss = (F.softplus(-up) + F.softplus(down)).sum()  # -log of the right answer's chance
         loss.backward()
         rule.step()
