@@ -64,3 +64,22 @@ def test_what_json_has_no_number_for_is_refused(value: Any, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"value": value})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_monitor_costs() -> None:
+    """The committed figures are within their bounds, and README quotes them."""
+    found = json.loads((RESULTS / "monitor.json").read_text(encoding="utf-8"))
+    assert found["steps_each"] >= 300 and found["looks"] >= 30
+    assert found["share_added_by_calls"] < 0.005
+    assert found["share_added_without_looks"] < 0.005
+    assert found["share_added_by_1_look_in_100"] < 0.02
+    assert found["loss_off_full_logits_nats"] < 1e-5
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    said = re.search(
+        r"adds ([\d.]+) µs to a step of ([\d.]+) s[^%]*?adds ([\d.]+)%", " ".join(readme.split())
+    )
+    assert said is not None
+    call_us = found["call_not_looked_at_us"] * found["shape"]["micro_batches"]
+    assert said[1] == f"{call_us:.1f}"
+    assert said[2] == f"{found['step_ms']['without']['p50'] / 1e3:.2f}"
+    assert said[3] == f"{found['share_added_by_1_look_in_100']:.2%}"[:-1]
