@@ -24,7 +24,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..model.points import Tap
-from ..model.tap_sink import TapSink
+from ..model.tap_edits import EditFn
+from ..model.tap_sink import BothSinks, TapSink
 from .decoders import Decoder, find, unwrapped
 
 
@@ -44,15 +45,18 @@ class Visitor(Protocol):
         """The pass has ended without an error."""
 
 
-def install(decoder: Decoder, taps: Iterable[Tap], visitor: Visitor, *, edits: bool) -> ExitStack:
+def install(
+    decoder: Decoder, taps: Iterable[Tap], visitor: Visitor, table: EditFn | None = None
+) -> ExitStack:
     """Have a visitor called by every pass of a model until the stack returned is closed.
 
-    taps: of blocks that the model has. edits: whether the visitor is there to change states.
+    taps: of blocks that the model has. table: for a visitor that changes states, its edits as a
+    `Transformer` takes them.
     """
     stack, taps = ExitStack(), list(taps)
     try:
         if decoder.is_ours:
-            _install_in_transformer(decoder, taps, visitor, stack, edits)
+            _install_in_transformer(decoder, taps, visitor, stack, table)
             return stack
         _on(
             decoder.trunk,
@@ -64,7 +68,7 @@ def install(decoder: Decoder, taps: Iterable[Tap], visitor: Visitor, *, edits: b
         for tap in taps:
             by_layer.setdefault(tap.layer, []).append(tap.point)
         for layer, points in by_layer.items():
-            _install_in_block(_BlockCall(decoder, layer, visitor), points, stack, edits)
+            _install_in_block(_BlockCall(decoder, layer, visitor), points, stack, table is not None)
     except BaseException:
         stack.close()
         raise
@@ -218,16 +222,23 @@ class _VisitingSink(TapSink):
 
 
 def _install_in_transformer(
-    decoder: Decoder, taps: Sequence[Tap], visitor: Visitor, stack: ExitStack, edits: bool
+    decoder: Decoder, taps: Sequence[Tap], visitor: Visitor, stack: ExitStack, table: EditFn | None
 ) -> None:
     """A `Transformer` takes what reads and edits its states as arguments of its pass."""
-    name = "edits" if edits else "sink"
-    value = visitor.table if edits else _VisitingSink(taps, visitor)  # type: ignore[attr-defined]
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in kwargs:
-            raise ValueError(f"a pass with {name} of its caller's cannot be given others")
         visitor.begin()
-        return args, {**kwargs, name: value}
+        if table is not None:
+            return args, kwargs | {"edits": _after(kwargs.get("edits"), table)}
+        sink = _VisitingSink(taps, visitor)
+        others = kwargs.get("sink")
+        return args, kwargs | {"sink": sink if others is None else BothSinks(others, sink)}
 
     _on(decoder.model, stack, before=before, after=lambda _: visitor.end())
+
+
+def _after(first: EditFn | None, second: EditFn) -> EditFn:
+    """The edits of one table, and then those of another."""
+    if first is None:
+        return second
+    return lambda positions: first(positions).then(second(positions))

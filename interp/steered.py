@@ -46,7 +46,7 @@ def steered(
     """
     edits = _Editor(Decoder.of(model), all_of(steering, Steering, "steering", "Steering objects"))
     edits.check(prompt_length)
-    hooks = install(edits.decoder, edits.by_tap, edits, edits=True)
+    hooks = install(edits.decoder, edits.by_tap, edits, edits.table)
     try:
         yield
         edits.check_reached()

@@ -42,7 +42,7 @@ class Watch:
         self._most_bytes, self._held_bytes = integer(most_bytes, "most_bytes"), 0
         self._states: dict[Tap, Tensor] = {}
         self._is_open = self._in_pass = False
-        self._hooks = install(self._decoder, self.taps, self, edits=False)
+        self._hooks = install(self._decoder, self.taps, self)
 
     def __enter__(self) -> Watch:
         self._is_open = True

@@ -20,6 +20,11 @@ class TapEdits:
         """The edits at a tap, one per pass over the state, to be applied in this order."""
         return self._by_tap.get(tap, ())
 
+    def then(self, later: TapEdits) -> TapEdits:
+        """These edits, and after them those of another at each tap."""
+        taps = dict.fromkeys((*self._by_tap, *later._by_tap))
+        return TapEdits({tap: self.at(tap) + later.at(tap) for tap in taps})
+
 
 NO_EDITS = TapEdits()
 

@@ -25,6 +25,20 @@ class TapSink:
         """The state x [B, T, d] at `tap`."""
 
 
+class BothSinks(TapSink):
+    """Hands states to one sink, which may give memory for them, and to another."""
+
+    def __init__(self, first: TapSink, second: TapSink) -> None:
+        self._first, self._second = first, second
+
+    def into(self, tap: Tap) -> Tensor | None:
+        return self._first.into(tap)
+
+    def read(self, tap: Tap, x: Tensor) -> None:
+        self._first.read(tap, x)
+        self._second.read(tap, x)
+
+
 NO_TAPS = TapSink()
 
 

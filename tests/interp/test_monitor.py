@@ -93,7 +93,10 @@ def train(monitor: bool, *, compile_blocks: bool = False, checkpoint: bool = Fal
     return model
 
 
-@pytest.mark.parametrize("how", [{}, {"checkpoint": True}, {"compile_blocks": True}])
+COMPILED = pytest.param({"compile_blocks": True}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("how", [{}, {"checkpoint": True}, COMPILED])
 def test_training_is_left_as_it_is(how: dict[str, bool]) -> None:
     torch._dynamo.reset()
     plain, watched = train(False, **how), train(True, **how)
@@ -107,6 +110,7 @@ def test_steps_that_are_not_looked_at_share_one_empty_context() -> None:
     assert monitor.at(1) is monitor.at(99, TARGETS)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_whole() -> None:
     torch._dynamo.reset()
     model, counter, found = llama(), CompileCounter(), []

@@ -153,6 +153,26 @@ def test_a_watch_inside_reads_what_edits_made(theirs: LlamaForCausalLM, ids: Ten
     torch.testing.assert_close(after.stacked(), before.stacked() + 3.0 * vector(1))
 
 
+@pytest.mark.parametrize("which", ["theirs", "ours"])
+def test_contexts_add_up_in_their_order(
+    which: str, lm: LanguageModel, theirs: LlamaForCausalLM, ids: Tensor
+) -> None:
+    clamp, add = Steering(vector(4), 2, mode="clamp", scale=3.0), Steering(vector(4), 2, scale=0.3)
+    model = theirs if which == "theirs" else lm.model
+    both = ("resid_post", "mlp_out")
+    with torch.no_grad():
+        with steered(model, [clamp, add]), watch(model, layers=2) as expected:
+            model(ids)
+        in_turn = steered(model, clamp), steered(model, add)
+        with in_turn[0], in_turn[1], watch(model) as found, watch(model, points=both) as other:
+            model(ids)
+    state = Tap(2, "resid_post")
+    assert torch.equal(found.states[state], expected.states[state])
+    assert torch.equal(other.states[state], expected.states[state])
+    assert is_clean(model)
+
+
+@pytest.mark.slow
 def test_compiled_once_however_the_vector_changes(theirs: LlamaForCausalLM, ids: Tensor) -> None:
     torch._dynamo.reset()
     counter, edit = CompileCounter(), Steering(vector(1), [1, 2], scale=3.0)

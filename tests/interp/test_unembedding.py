@@ -21,7 +21,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_layouts(size: int, tmp_path: Path) -> None:
     found = on_ranks(WORKER, size, tmp_path / "store")
     assert len(found) == size * (9 if size == 2 else 17)

@@ -108,6 +108,7 @@ def test_activation_checkpointing_copies_once() -> None:
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_compiled_model(fullgraph: bool) -> None:
     model, counter = llama().eval(), CompileCounter()
@@ -129,6 +130,7 @@ def test_a_compiled_model(fullgraph: bool) -> None:
         assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_a_watch_that_is_opened_and_closed_under_a_compiler() -> None:
     model, counter = llama().eval(), CompileCounter()
     watching = Watch(model, points="mlp_out")
