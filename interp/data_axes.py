@@ -44,8 +44,9 @@ def data_axes_of(
 
 def data_ranks_of(model: nn.Module) -> Axes:
     """The axes along which ranks hold other texts: of FSDP2, HSDP, or DistributedDataParallel."""
-    if isinstance(model, DistributedDataParallel):
-        return (TensorParallel.from_group(model.process_group),)
+    for each in model.modules():  # it may be wrapped itself, as by torch.compile
+        if isinstance(each, DistributedDataParallel):
+            return (TensorParallel.from_group(each.process_group),)
     if not _is_under_fsdp(model):
         return ()
     mesh, index = _fsdp_axis(model)
